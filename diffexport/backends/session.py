@@ -1,0 +1,41 @@
+"""The one interface between a sampler and whatever runs the network."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """A model on a device, with room for the state (x, h) of one run of a batch.
+
+    B is the user's batch; guidance doubles it inside. State stays on the device between steps.
+    """
+
+    backend: str
+    """The backend's name, "ort"."""
+    device: str
+    """What it really runs on, read back from the runtime."""
+
+    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+        """Start a run: x (B, *shape), label (B,) or None for a model without labels, h zero where not given."""
+        ...
+
+    def step(self, row: Array, z: Array | None = None) -> None:
+        """Apply one row, (13,) float32; z (B, *shape) where the row adds noise, and else not looked at."""
+        ...
+
+    def state(self) -> tuple[Array, Array]:
+        """Copies of x and h on the host."""
+        ...
+
+    def close(self) -> None:
+        """Free what the session holds; it cannot be used afterwards."""
+        ...
+
+
+Options = dict[str, Any]

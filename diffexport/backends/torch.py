@@ -1,0 +1,94 @@
+"""The PyTorch module itself, the reference that every other backend is held to.
+
+The step is written here from the definition in ``diffexport.plan``, apart from the exporter's graphs, so that a
+comparison of the two checks both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffexport.backends.session import Array
+from diffexport.errors import BackendError
+from diffexport.plan import COLUMNS, NOISE
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from diffexport.bundle import Bundle
+
+
+def open_session(bundle: Bundle, *, module: torch.nn.Module | None = None) -> TorchSession:
+    """A session on the module that the bundle was exported from; the bundle itself holds graphs only."""
+    if module is None:
+        raise BackendError(
+            "backend 'torch' runs the PyTorch module itself: give --checkpoint FILE (in Python, module=...)"
+        )
+    return TorchSession(module, bundle.spec)
+
+
+class TorchSession:
+    """A module stepped by the definition; see ``Session``."""
+
+    backend = "torch"
+    device = "CPU"
+
+    def __init__(self, module: torch.nn.Module, spec: ModelSpec) -> None:
+        self._network = module.eval()
+        self._spec = spec
+        self._x = self._h = torch.empty(0)
+        self._label: torch.Tensor | None = None
+
+    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+        self._x = torch.from_numpy(x.astype(np.float32))
+        self._h = torch.zeros_like(self._x) if h is None else torch.from_numpy(h.astype(np.float32))
+        self._label = None if label is None else torch.from_numpy(label.astype(np.int64))
+
+    @torch.no_grad()
+    def step(self, row: Array, z: Array | None = None) -> None:
+        r = dict(zip(COLUMNS, torch.from_numpy(np.asarray(row, np.float32)), strict=True))
+        x, h = self._x, self._h
+        denoised, log_variance = self.denoise(r, x)
+        self._x = r["x_x"] * x + r["x_d"] * denoised + r["x_h"] * h
+        if row[NOISE] != 0:
+            assert z is not None, "a row with noise needs z"
+            scale = torch.exp(r["v_z"] * log_variance) if log_variance is not None else 1.0
+            self._x = self._x + r["x_z"] * scale * torch.from_numpy(z)
+        self._h = r["h_x"] * x + r["h_d"] * denoised + r["h_h"] * h
+
+    def denoise(self, r: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """D and V of a row, each (B, *shape); V is None without learned variance."""
+        channels = self._spec.shape[0]
+        out = self._network_at(r, x)  # (B, C or 2C, ...)
+        denoised = r["c_skip"] * x + r["c_out"] * out[:, :channels]
+        if self._spec.clip is not None:
+            denoised = denoised.clamp(-self._spec.clip, self._spec.clip)
+        return denoised, out[:, channels:] if self._spec.learned_variance else None
+
+    def _network_at(self, r: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """The network's output with guidance, (B, C or 2C, ...)."""
+        x_in = r["c_in"] * x
+        c_noise = r["c_noise"].expand(len(x))
+        if self._label is None:
+            return self._call(x_in, c_noise)
+        cond = self._call(x_in, c_noise, self._label)
+        if r["w"] == 1:
+            return cond
+        null = torch.full_like(self._label, self._spec.null_label)
+        uncond = self._call(x_in, c_noise, null)
+        guided = self._spec.guided_channels or self._spec.shape[0]
+        mixed = uncond[:, :guided] + r["w"] * (cond[:, :guided] - uncond[:, :guided])
+        return torch.cat([mixed, cond[:, guided:]], dim=1)
+
+    def _call(self, *args: Any) -> torch.Tensor:
+        out: torch.Tensor = self._network(*args)
+        return out
+
+    def state(self) -> tuple[Array, Array]:
+        return self._x.numpy().copy(), self._h.numpy().copy()
+
+    def close(self) -> None:
+        self._x = self._h = torch.empty(0)

@@ -1,0 +1,290 @@
+"""The bundle: the folder ``NAME.diffx/`` that an export writes and every runtime reads.
+
+    manifest.json       what the model is and every other file with its size and sha256
+    weights.bin         the weights, external data that all graphs share
+    step.onnx           (x, h, z, label, row) -> (x', h'), guidance inside
+    step_plain.onnx     the same without guidance, for rows with w = 1
+    denoiser.onnx       (x, sigma, label, guidance) -> D
+    plans.safetensors   ready-made plans for runtimes without Python
+    golden.safetensors  golden cases: recorded inputs and PyTorch's outputs
+    certificate.json    what was measured against PyTorch, with the manifest's sha256
+
+The certificate vouches for the manifest and the manifest for every other file, so a change anywhere is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from diffexport.errors import BundleError
+from diffexport.plan import Plan, make_plan
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from diffexport.sampler import Sampler
+
+SCHEMA = 1
+SUFFIX = ".diffx"
+MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
+WEIGHTS, PLANS, GOLDEN = "weights.bin", "plans.safetensors", "golden.safetensors"
+GRAPHS = ("step", "step_plain", "denoiser")
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Tensors = dict[str, NDArray[Any]]
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle as it was when written."""
+
+    size: int
+    sha256: str
+
+
+class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run uses where its user says nothing."""
+
+    sampler: str = "ddim"
+    steps: int = 20
+    guidance_scale: float = 1.0
+    batch: int = 8
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is in a bundle."""
+
+    schema: int
+    name: str
+    model: ModelSpec
+    precision: Precision
+    parameters: int
+    max_batch: int
+    defaults: Defaults
+    source: str
+    """sha256 over the names and values of the weights that were exported."""
+    files: dict[str, FileEntry]
+    tools: dict[str, str]
+    """Versions of what made the graphs."""
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One comparison with PyTorch and the limit that it was held to."""
+
+    check: str
+    batch: int
+    relative_l2: float
+    max_abs: float
+    limit: float
+    psnr: float | None = None
+    """Of the final image, dB over the range of PyTorch's result; None for single steps and exact equality."""
+    passed: bool
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured of a bundle against PyTorch when it was written."""
+
+    manifest_sha256: str
+    backend: str
+    precision: Precision
+    passed: bool
+    measurements: list[Measurement]
+
+
+class Bundle:
+    """An opened bundle, whose files have been checked against its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.model
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a bundle and check every file against the manifest.
+
+        Raises:
+            BundleError: it is missing, of another schema version, or a file is missing or altered.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            what = "not a folder" if path.exists() else "no such folder"
+            raise BundleError(f"{path}: {what}; expected a bundle made by `diffx export`")
+        manifest = _decode(path / MANIFEST, Manifest)
+        for name, entry in manifest.files.items():
+            _check_file(path, name, entry)
+        missing = [
+            name for name in (WEIGHTS, PLANS, GOLDEN, *(f"{g}.onnx" for g in GRAPHS)) if name not in manifest.files
+        ]
+        if missing:
+            raise BundleError(f"{path}: the manifest does not list {missing[0]}; export the model again")
+        return cls(path, manifest)
+
+    def graph(self, name: str) -> Path:
+        """The path of one of ``GRAPHS``."""
+        return self.path / f"{name}.onnx"
+
+    def certificate(self) -> Certificate:
+        """What was measured when the bundle was written.
+
+        Raises:
+            BundleError: it is missing, or it vouches for another manifest than this one.
+        """
+        certificate = _decode(self.path / CERTIFICATE, Certificate)
+        found = sha256_of(self.path / MANIFEST)
+        if certificate.manifest_sha256 != found:
+            raise BundleError(
+                f"{self.path / MANIFEST}: sha256 is {found[:12]}..., the certificate vouches for "
+                f"{certificate.manifest_sha256[:12]}...: the manifest was changed after export; export the model again"
+            )
+        return certificate
+
+    def golden(self) -> Tensors:
+        """The recorded inputs and outputs."""
+        return read_tensors(self.path / GOLDEN)
+
+    def plans(self) -> Tensors:
+        """The ready-made plans."""
+        return read_tensors(self.path / PLANS)
+
+    def plan(
+        self, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None, **options: Any
+    ) -> Plan:
+        """A plan for this model; what is not given is the bundle's default. See ``diffexport.plan.make_plan``."""
+        defaults = self.manifest.defaults
+        return make_plan(
+            self.spec,
+            defaults.sampler if sampler is None else sampler,
+            defaults.steps if steps is None else steps,
+            defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            **options,
+        )
+
+    def sampler(self, backend: str = "ort", **options: Any) -> Sampler:
+        """A sampler of this bundle on a backend; options are the backend's own, such as ``threads``."""
+        from diffexport.backends import open_session
+        from diffexport.sampler import Sampler
+
+        return Sampler(self.spec, open_session(self, backend, **options), self.manifest.defaults)
+
+
+def load(path: str | Path) -> Bundle:
+    """Open a bundle; see ``Bundle.open``."""
+    return Bundle.open(path)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_of(path: Path) -> FileEntry:
+    """The manifest's entry for a file."""
+    return FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+
+
+def write_json(path: Path, value: msgspec.Struct) -> None:
+    """Write a struct as indented JSON whose bytes depend on the value alone."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value, order="deterministic"), indent=2) + b"\n")
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Read a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file; the same tensors give the same bytes."""
+    from safetensors.numpy import save
+
+    path.write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling folder that takes the place of ``target`` when the block ends well, and else is removed.
+
+    A killed process leaves ``target`` as it was; its left-over sibling is removed by the next run.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise BundleError(f"{target}: exists and is not a bundle; choose another --out or remove it")
+    prefix = f".{target.name}."
+    _remove_left_overs(target.parent, prefix)
+    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
+            target.rename(old / target.name)
+            work.rename(target)
+            shutil.rmtree(old)
+        else:
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_left_overs(parent: Path, prefix: str) -> None:
+    """Remove temporary folders of processes that no longer run."""
+    for folder in parent.glob(f"{prefix}*"):
+        pid = folder.name.removeprefix(prefix).split(".")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _decode(path: Path, kind: type[_Struct]) -> _Struct:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); expected a bundle made by `diffx export`"
+        ) from error
+    try:
+        schema = msgspec.json.decode(data).get("schema", SCHEMA)
+        if schema != SCHEMA:
+            raise BundleError(
+                f"{path}: schema version {schema}, this diffexport reads {SCHEMA}; export the model again"
+            )
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, AttributeError) as error:
+        raise BundleError(f"{path}: not a valid {path.name} ({error}); export the model again") from error
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    if name != Path(name).name or name in (".", ".."):
+        raise BundleError(f"{folder / MANIFEST}: lists {name!r}, expected a plain file name")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(
+            f"{path}: missing or not a regular file; copy the whole bundle again or export the model again"
+        )
+    size = path.stat().st_size
+    if size != entry.size:
+        raise BundleError(f"{path}: {size} bytes, the manifest says {entry.size}; the file was changed or cut off")
+    found = sha256_of(path)
+    if found != entry.sha256:
+        raise BundleError(
+            f"{path}: sha256 is {found[:12]}..., the manifest says {entry.sha256[:12]}...; the file was changed or damaged"
+        )

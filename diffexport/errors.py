@@ -1,0 +1,53 @@
+"""Every error that a user of diffexport can cause.
+
+    DiffexportError
+      CheckpointError     a checkpoint that is missing, damaged, unsafe or not understood
+      SpecError           a fact about a model that is missing or impossible
+      PlanError           a sampler, schedule or number of steps that cannot be
+      BundleError         a bundle that is missing, damaged or of another version
+      ShapeError          an array whose shape or range does not fit the model
+      BackendError        a runtime that is not installed, cannot run here, or failed
+      ExportError         a module that cannot be turned into a graph
+      ParityError         numbers that differ from PyTorch's by more than the limit
+
+A message says what is wrong, what was found, what was expected and what to do. Mistakes of the
+library itself are assertions, not members of this tree.
+"""
+
+from __future__ import annotations
+
+
+class DiffexportError(Exception):
+    """Base of all errors that a user can cause; the command line prints it as one line."""
+
+
+class CheckpointError(DiffexportError):
+    """A checkpoint that is missing, damaged, unsafe or of an unknown model."""
+
+
+class SpecError(DiffexportError):
+    """A fact about a model that is missing, impossible or contradicts another."""
+
+
+class PlanError(DiffexportError):
+    """A sampler, schedule, guidance or number of steps that cannot be."""
+
+
+class BundleError(DiffexportError):
+    """A bundle that is missing, damaged, altered or of another version."""
+
+
+class ShapeError(DiffexportError):
+    """An array or a label whose shape or range does not fit the model."""
+
+
+class BackendError(DiffexportError):
+    """A runtime that is not installed, cannot run on this machine, or failed while running."""
+
+
+class ExportError(DiffexportError):
+    """A module that could not be turned into a graph, or a bundle that could not be written."""
+
+
+class ParityError(DiffexportError):
+    """Results that differ from PyTorch's by more than the limit of their precision."""

@@ -1,0 +1,1 @@
+"""Module and spec to graphs to bundle. Needs the extra ``[export]``."""

@@ -1,0 +1,205 @@
+"""The graphs of a bundle, put together around the traced network.
+
+``step`` is the definition of ``diffexport.plan`` written in ONNX operators, all of it in float32; ``denoiser`` is Karras
+et al. 2022, Eq. 7, with the preconditioning computed from sigma. B is the user's batch; where guidance is in the graph
+the network sees 2B, the conditioned half first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffexport.exporter.trace import BATCH, OPSET
+from diffexport.plan import COLUMNS
+from diffexport.schedules import schedule_sigmas
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+IR_VERSION = 10
+
+
+class GraphBuilder:
+    """Operators and constants in order, each call returning the name of its result."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, name: str | None = None, **attributes: Any) -> Any:
+        """Append an operator; its result's name, or a tuple of names for several outputs."""
+        from onnx import helper
+
+        index = len(self.nodes)
+        names = [name] if name else [f"{kind.lower()}.{index}.{k}" for k in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{index}.{kind}", **attributes))
+        return names[0] if outputs == 1 else tuple(names)
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        """A small constant kept in the graph."""
+        from onnx import numpy_helper
+
+        name = f"constant.{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def model(self, name: str, inputs: list[Any], outputs: list[Any], network: onnx.GraphProto) -> onnx.ModelProto:
+        """A model of these nodes and the network's weights."""
+        from onnx import helper
+
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, [*network.initializer, *self.initializers])
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            producer_name="diffexport",
+            ir_version=IR_VERSION,
+        )
+
+    def network(self, network: onnx.GraphProto, feeds: dict[str, str]) -> str:
+        """The network's nodes, its inputs replaced by ``feeds``; the name of its output."""
+        import onnx
+
+        for node in network.node:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = [feeds.get(name, name) for name in node.input]
+            self.nodes.append(copy)
+        return str(network.output[0].name)
+
+
+def step_graph(network: onnx.GraphProto, spec: ModelSpec, *, guided: bool) -> onnx.ModelProto:
+    """(x, h, z, label, row) -> (x_next, h_next): one row applied, with the batch doubled inside where ``guided``.
+
+    ``label`` is an input of models with labels only.
+    """
+    b = GraphBuilder()
+    r = dict(zip(COLUMNS, b.op("Split", "row", outputs=len(COLUMNS), axis=0, num_outputs=len(COLUMNS)), strict=True))
+    x_in = b.op("Mul", "x", r["c_in"])  # (B, *shape)
+    size = b.op("Shape", "x", start=0, end=1)
+    c_noise = b.op("Expand", r["c_noise"], size)  # (B,)
+    out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided)
+    denoised = _denoised(b, spec, "x", r["c_skip"], r["c_out"], out)
+
+    noise = b.op("Mul", r["x_z"], "z")
+    if log_variance is not None:
+        noise = b.op("Mul", b.op("Exp", b.op("Mul", r["v_z"], log_variance)), noise)
+    _weighted_sum(b, "x_next", [(r["x_x"], "x"), (r["x_d"], denoised), (r["x_h"], "h")], plus=noise)
+    _weighted_sum(b, "h_next", [(r["h_x"], "x"), (r["h_d"], denoised), (r["h_h"], "h")])
+
+    state = [_tensor(name, [BATCH, *spec.shape]) for name in ("x", "h", "z")]
+    label = [_tensor("label", [BATCH], "INT64")] if spec.conditional else []
+    outputs = [_tensor(name, [BATCH, *spec.shape]) for name in ("x_next", "h_next")]
+    name = "step" if guided else "step_plain"
+    return b.model(name, [*state, *label, _tensor("row", [len(COLUMNS)])], outputs, network)
+
+
+def denoiser_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
+    """(x, sigma, label, guidance) -> denoised, with sigma and guidance (B,), one for each sample.
+
+    ``label`` and ``guidance`` are inputs of models with labels only. sigma must lie above 0.
+    """
+    b = GraphBuilder()
+    ones = [1] * len(spec.shape)
+    column = b.constant([-1, *ones], np.int64)
+    sigma = b.op("Reshape", "sigma", column)  # (B, 1, ..., 1)
+    one = b.constant(1.0)
+    alpha_bar = b.op("Div", one, b.op("Add", one, b.op("Mul", sigma, sigma)))
+    c_in = b.op("Sqrt", alpha_bar) if spec.scaled else None
+    x_in = b.op("Mul", "x", c_in) if c_in else "x"
+    c_noise = _timestep(b, spec) if spec.noise_input == "timestep" else "sigma"
+    w = b.op("Reshape", "guidance", column) if spec.conditional else None
+    out, _ = _guided_output(b, network, spec, x_in, c_noise, w, guided=spec.conditional)
+    c_skip, c_out = _preconditioning(b, spec, sigma, alpha_bar, one)
+    _denoised(b, spec, "x", c_skip, c_out, out, name="denoised")
+
+    inputs = [_tensor("x", [BATCH, *spec.shape]), _tensor("sigma", [BATCH])]
+    if spec.conditional:
+        inputs += [_tensor("label", [BATCH], "INT64"), _tensor("guidance", [BATCH])]
+    return b.model("denoiser", inputs, [_tensor("denoised", [BATCH, *spec.shape])], network)
+
+
+def _guided_output(
+    b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec, x_in: str, c_noise: str, w: str | None, *, guided: bool
+) -> tuple[str, str | None]:
+    """The network's prediction after guidance, (B, *shape), and its learned variance or None."""
+    channels = spec.shape[0]
+    total = spec.output_shape[0]
+    if not guided or not spec.conditional:
+        feeds = {"net.x": x_in, "net.c_noise": c_noise, "net.label": "label"}
+        out = b.network(network, feeds)
+        return (_channels(b, out, 0, channels), _channels(b, out, channels, total)) if total > channels else (out, None)
+    assert w is not None
+    size = b.op("Shape", "x", start=0, end=1)
+    null = b.op("Expand", b.constant([spec.null_label], np.int64), size)
+    feeds = {
+        "net.x": b.op("Concat", x_in, x_in, axis=0),  # (2B, *shape)
+        "net.c_noise": b.op("Concat", c_noise, c_noise, axis=0),
+        "net.label": b.op("Concat", "label", null, axis=0),
+    }
+    cond, uncond = b.op("Split", b.network(network, feeds), outputs=2, axis=0, num_outputs=2)
+    mixed_channels = spec.guided_channels or channels
+    cond_mixed, uncond_mixed = cond, uncond
+    if mixed_channels < total:
+        cond_mixed, uncond_mixed = (_channels(b, half, 0, mixed_channels) for half in (cond, uncond))
+    out = b.op("Add", uncond_mixed, b.op("Mul", w, b.op("Sub", cond_mixed, uncond_mixed)))
+    if mixed_channels < channels:
+        out = b.op("Concat", out, _channels(b, cond, mixed_channels, channels), axis=1)
+    return out, _channels(b, cond, channels, total) if total > channels else None
+
+
+def _channels(b: GraphBuilder, value: str, start: int, stop: int) -> str:
+    bounds = [b.constant([bound], np.int64) for bound in (start, stop, 1)]
+    return str(b.op("Slice", value, *bounds))
+
+
+def _denoised(
+    b: GraphBuilder, spec: ModelSpec, x: str, c_skip: str, c_out: str, out: str, name: str | None = None
+) -> str:
+    """D = c_skip*x + c_out*out, clamped where the model asks for it."""
+    clipped = spec.clip is not None
+    terms = b.op("Mul", c_skip, x), b.op("Mul", c_out, out)
+    denoised = b.op("Add", *terms, name=None if clipped else name)
+    if clipped:
+        denoised = b.op("Clip", denoised, b.constant(-spec.clip), b.constant(spec.clip), name=name)  # type: ignore[operator]
+    return str(denoised)
+
+
+def _preconditioning(b: GraphBuilder, spec: ModelSpec, sigma: str, alpha_bar: str, one: str) -> tuple[str, str]:
+    """c_skip and c_out of ``diffexport.plan.preconditioning``, in operators."""
+    if spec.prediction == "x0":
+        return b.constant(0.0), one
+    if spec.prediction == "v":
+        scaled_sigma = b.op("Mul", sigma, b.op("Sqrt", alpha_bar))
+        rest = b.op("Sqrt", b.op("Sub", one, alpha_bar))
+        return b.op("Sub", one, b.op("Mul", scaled_sigma, rest)), b.op("Neg", scaled_sigma)
+    return one, b.op("Neg", sigma)
+
+
+def _timestep(b: GraphBuilder, spec: ModelSpec) -> str:
+    """``diffexport.plan.timesteps`` in operators: the schedule's step for each sigma, linear in log sigma, (B,)."""
+    logs = np.log(schedule_sigmas(spec.schedule)).astype(np.float32)
+    table = b.constant(logs)
+    log_sigma = b.op("Clip", b.op("Log", "sigma"), b.constant(logs[0]), b.constant(logs[-1]))
+    above = b.op("GreaterOrEqual", b.op("Unsqueeze", log_sigma, b.constant([1], np.int64)), table)  # (B, N)
+    count = b.op("ReduceSum", b.op("Cast", above, to=7), b.constant([1], np.int64), keepdims=0)
+    one = b.constant(1, np.int64)
+    low = b.op("Clip", b.op("Sub", count, one), b.constant(0, np.int64), b.constant(len(logs) - 2, np.int64))
+    start, end = b.op("Gather", table, low), b.op("Gather", table, b.op("Add", low, one))
+    part = b.op("Div", b.op("Sub", log_sigma, start), b.op("Sub", end, start))
+    return str(b.op("Add", b.op("Cast", low, to=1), part))
+
+
+def _weighted_sum(b: GraphBuilder, name: str, terms: list[tuple[str, str]], plus: str | None = None) -> None:
+    products = [b.op("Mul", weight, value) for weight, value in terms] + ([plus] if plus else [])
+    total = products[0]
+    for index, product in enumerate(products[1:]):
+        total = b.op("Add", total, product, name=name if index == len(products) - 2 else None)
+
+
+def _tensor(name: str, shape: list[Any], kind: str = "FLOAT") -> onnx.ValueInfoProto:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, getattr(TensorProto, kind), shape)

@@ -1,0 +1,42 @@
+"""One file of weights that all graphs of a bundle share, as ONNX external data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
+
+INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph: shapes and axes must, and a few biases do no harm."""
+
+_ALIGN, _PAGE = 64, 4096
+
+
+def write_weights(model: onnx_ir.Model, path: Path) -> onnx.GraphProto:
+    """Write a network's weights one after the other, and return its graph with references to them.
+
+    A tensor of a page or more starts on a page, so that a runtime can map it; smaller ones on a cache line. Weights are
+    never held twice, and the graph stays far below protobuf's 2 GB.
+    """
+    import onnx_ir
+
+    with path.open("wb") as file:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            assert tensor is not None, f"{name} has no value"
+            if tensor.nbytes <= INLINE_BYTES:
+                continue
+            align = _PAGE if tensor.nbytes >= _PAGE else _ALIGN
+            file.write(b"\0" * (-file.tell() % align))
+            offset = file.tell()
+            file.write(memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else tensor.tobytes())
+            assert file.tell() - offset == tensor.nbytes
+            value.const_value = onnx_ir.ExternalTensor(
+                path.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
+            )
+        if not file.tell():
+            file.write(b"\0" * _ALIGN)  # a model of a few numbers keeps them all in its graphs; no file is ever empty
+    return onnx_ir.serde.serialize_model(model).graph

@@ -1,0 +1,219 @@
+"""From a module and its spec to a bundle that has been checked against the module before anyone sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from diffexport.bundle import (
+    CERTIFICATE,
+    GOLDEN,
+    GRAPHS,
+    MANIFEST,
+    PLANS,
+    SCHEMA,
+    SUFFIX,
+    WEIGHTS,
+    Bundle,
+    Certificate,
+    Defaults,
+    Manifest,
+    Precision,
+    Tensors,
+    entry_of,
+    replacing_folder,
+    sha256_of,
+    write_json,
+    write_tensors,
+)
+from diffexport.errors import ExportError, ParityError, PlanError
+from diffexport.plan import make_plan
+from diffexport.samplers import SAMPLERS
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the part of the whole done so far, 0 .. 1."""
+
+READY_STEPS = (5, 10, 20, 50)
+"""Steps of the ready-made plans, for every sampler that the model allows."""
+
+
+def export(
+    module: torch.nn.Module,
+    spec: ModelSpec,
+    out: str | Path,
+    *,
+    precision: Precision = "fp32",
+    max_batch: int = 16,
+    defaults: Defaults | None = None,
+    plans: Iterable[str] = (),
+    allow_mismatch: bool = False,
+    thorough: bool | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Trace a network, write a bundle, and compare it with PyTorch before it takes its place.
+
+    Args:
+        module: the network F, called as ``module(x, c_noise, label)``; without ``label`` where the spec has none.
+        spec: what the module is.
+        out: the folder to write; ``.diffx`` is its usual suffix.
+        precision: of the network's tensors.
+        max_batch: the largest batch to check, and to plan engines for.
+        defaults: sampler, steps, guidance and batch of a run that does not say; guidance 1 for models without labels.
+        plans: more ready-made plans, each ``NAME:STEPS``.
+        allow_mismatch: write the bundle, marked, even where a parity check fails.
+        thorough: compare whole runs at every batch; by default for models up to 10 M parameters.
+        progress: called with what is being done.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        ExportError: the module cannot be traced or the bundle cannot be written.
+        ParityError: the bundle differs from the module by more than its precision allows.
+    """
+    from diffexport.exporter.graphs import denoiser_graph, step_graph
+    from diffexport.exporter.trace import trace_network
+    from diffexport.exporter.weights import write_weights
+
+    if precision != "fp32":
+        raise ExportError(f"precision {precision!r}: this version writes fp32 bundles only")
+    if max_batch < 1:
+        raise ExportError(f"max_batch {max_batch}: expected at least 1")
+    report = progress or (lambda _what, _part: None)
+    out = Path(out)
+    defaults = defaults or Defaults()
+    ready = ready_plans(spec, plans)
+
+    report("tracing the network", 0.0)
+    model = trace_network(module, spec)
+    try:
+        with replacing_folder(out) as work:
+            report("writing weights and graphs", 0.35)
+            network = write_weights(model, work / WEIGHTS)
+            del model
+            graphs = {
+                "step": step_graph(network, spec, guided=True),
+                "step_plain": step_graph(network, spec, guided=False),
+                "denoiser": denoiser_graph(network, spec),
+            }
+            for name, graph in graphs.items():
+                (work / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+            del graphs, network
+            write_tensors(work / PLANS, ready)
+            certificate = _certify(module, spec, work, precision, max_batch, defaults, thorough, report)
+            manifest = Manifest(
+                schema=SCHEMA,
+                name=out.name.removesuffix(SUFFIX),
+                model=spec,
+                precision=precision,
+                parameters=sum(p.numel() for p in module.parameters()),
+                max_batch=max_batch,
+                defaults=defaults,
+                source=weights_digest(module),
+                files={name: entry_of(work / name) for name in _listed()},
+                tools={
+                    name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")
+                },
+            )
+            write_json(work / MANIFEST, manifest)
+            certificate = msgspec.structs.replace(certificate, manifest_sha256=sha256_of(work / MANIFEST))
+            write_json(work / CERTIFICATE, certificate)
+            if not certificate.passed and not allow_mismatch:
+                _refuse(certificate)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+    report("done", 1.0)
+    return Bundle.open(out)
+
+
+def _listed() -> tuple[str, ...]:
+    return (WEIGHTS, *(f"{name}.onnx" for name in GRAPHS), PLANS, GOLDEN)
+
+
+def _certify(
+    module: torch.nn.Module,
+    spec: ModelSpec,
+    work: Path,
+    precision: Precision,
+    max_batch: int,
+    defaults: Defaults,
+    thorough: bool | None,
+    report: Progress,
+) -> Certificate:
+    """Compare the graphs just written with the module, and record the golden cases."""
+    from diffexport.backends.onnxruntime import OnnxRuntimeSession
+    from diffexport.backends.torch import TorchSession
+    from diffexport.parity import HEAVY_PARAMETERS, Scope, check_denoiser, compare, golden_cases
+
+    reference = TorchSession(module, spec)
+    report("recording golden cases", 0.4)
+    write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults))
+    parameters = sum(p.numel() for p in module.parameters())
+    whole = parameters <= HEAVY_PARAMETERS if thorough is None else thorough
+    scope = Scope(tuple(sorted({1, min(defaults.batch, max_batch), max_batch})), whole)
+    candidate = OnnxRuntimeSession(spec, work / "step.onnx", work / "step_plain.onnx")
+    measurements = compare(
+        reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.45 + 0.5 * part)
+    )
+    candidate.close()
+    measurements.append(check_denoiser(reference, work / "denoiser.onnx", spec, precision))
+    return Certificate(
+        manifest_sha256="",
+        backend="ort",
+        precision=precision,
+        passed=all(m.passed for m in measurements),
+        measurements=measurements,
+    )
+
+
+def _refuse(certificate: Certificate) -> None:
+    from diffexport.parity import check
+
+    try:
+        check(certificate.measurements)
+    except ParityError as error:
+        raise ParityError(f"{error}. No bundle was written; --allow-mismatch writes it all the same, marked") from None
+
+
+def ready_plans(spec: ModelSpec, more: Iterable[str] = ()) -> Tensors:
+    """Ready-made plans: ``NAME.STEPS`` (rows, 13) and ``NAME.STEPS.x_scale`` (1,), float32, without guidance.
+
+    Every sampler that the model allows, at ``READY_STEPS``, and those asked for as ``NAME:STEPS``, which must be allowed.
+    """
+    import numpy as np
+
+    wanted = [(name, steps, False) for name in SAMPLERS for steps in READY_STEPS]
+    for text in more:
+        name, _, steps_text = text.partition(":")
+        if not steps_text.isdigit():
+            raise PlanError(f"plan {text!r}: expected NAME:STEPS, such as ddim:20")
+        wanted.append((name, int(steps_text), True))
+    tensors: Tensors = {}
+    for name, steps, asked in wanted:
+        try:
+            plan = make_plan(spec, name, steps)
+        except PlanError:
+            if asked:
+                raise
+            continue  # a sampler that this model does not allow, such as ddpm for a flow model
+        tensors[f"{name}.{steps}"] = plan.rows.astype(np.float32)
+        tensors[f"{name}.{steps}.x_scale"] = np.array([plan.x_scale], np.float32)
+    return tensors
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 over the names, shapes and values of a module's state, which tells whether two checkpoints are the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().contiguous().reshape(-1).numpy()).cast("B"))
+    return digest.hexdigest()

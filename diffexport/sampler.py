@@ -1,0 +1,169 @@
+"""Sampling: a plan, noise and a session make samples. Nothing here knows which backend runs, or which sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffexport.backends.session import Session
+from diffexport.bundle import Defaults
+from diffexport.errors import BackendError, PlanError, ShapeError
+from diffexport.noise import normal
+from diffexport.plan import NOISE, Plan, make_plan
+from diffexport.spec import ModelSpec
+
+Array = NDArray[np.float32]
+OnStep = Callable[[int, int], None]
+"""Called after each row with (evaluations of a row done so far, those of the whole call)."""
+
+_NOISE_CHUNK = 1 << 18
+"""How many normals are drawn at once: large enough that their cost is the arithmetic, small beside any model."""
+
+
+class Sampler:
+    """Draws samples of one model on one session. A sample is decided by its seed, its index and the plan alone."""
+
+    def __init__(self, spec: ModelSpec, session: Session, defaults: Defaults | None = None) -> None:
+        self.spec = spec
+        self.session = session
+        self.defaults = defaults or Defaults()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the session."""
+        self.session.close()
+
+    def sample(
+        self,
+        labels: Sequence[int | str] | int | str | None = None,
+        *,
+        num: int | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        first: int = 0,
+        batch: int | None = None,
+        plan: Plan | None = None,
+        x_init: Array | None = None,
+        noise: Array | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Array:
+        """Draw samples.
+
+        Args:
+            labels: one label, index or name, for each sample; for models without labels give ``num``.
+            num: number of samples; for models with labels, labels 0, 1, 2, ... in turn.
+            sampler, steps, guidance_scale, options: see ``diffexport.plan.make_plan``; the bundle's defaults if None.
+            seed: 0 .. 2^64 - 1.
+            first: index of the first sample; sample k of seed s is the same in every call that draws it.
+            batch: how many are drawn at once; of no influence on the samples.
+            plan: a ready plan in place of sampler, steps, guidance_scale and options.
+            x_init: (num, *shape) unit normal start in place of the seed's.
+            noise: (rows, num, *shape) unit normal noise in place of the seed's.
+            on_step: called after each step.
+
+        Returns:
+            (num, *shape) float32.
+
+        Raises:
+            ShapeError: labels or arrays that do not fit the model.
+            PlanError: see ``make_plan``.
+            BackendError: the backend returned numbers that are not finite.
+        """
+        label = self.labels(labels, num)
+        count = len(label) if label is not None else num or 1
+        if plan is None:
+            plan = self.plan(sampler, steps, guidance_scale, **options)
+        elif not (sampler is None and steps is None and guidance_scale is None and not options):
+            raise PlanError("plan: give either a ready plan or sampler, steps and guidance_scale, not both")
+        size = self.defaults.batch if batch is None else batch
+        if size < 1:
+            raise ShapeError(f"batch {size}: expected at least 1")
+        if not 0 <= seed < 2**64:
+            raise ShapeError(f"seed {seed}: expected 0 .. 2^64 - 1")
+        if first < 0:
+            raise ShapeError(f"first {first}: expected 0 or more")
+        _check_given("x_init", x_init, (count, *self.spec.shape))
+        _check_given("noise", noise, (len(plan), count, *self.spec.shape))
+
+        out = np.empty((count, *self.spec.shape), np.float32)
+        rows = plan.rows.astype(np.float32)
+        done, total = 0, len(rows) * math.ceil(count / size)
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            indices = range(first + part.start, first + part.stop)
+            begin = normal(seed, indices, [0], self.spec.shape)[0] if x_init is None else x_init[part]
+            drawn = self._drawn(seed, indices, rows) if noise is None else (z[part] for z in noise)
+            self.session.begin(np.float32(plan.x_scale) * begin, None if label is None else label[part])
+            for row, z in zip(rows, drawn, strict=True):
+                self.session.step(row, z)
+                done += 1
+                if on_step is not None:
+                    on_step(done, total)
+            out[part] = self.session.state()[0]
+        if not np.isfinite(out).all():
+            bad = int(np.argwhere(~np.isfinite(out.reshape(count, -1)).all(1))[0, 0])
+            raise BackendError(
+                f"sample {first + bad}: {self.session.backend} returned numbers that are not finite; "
+                "check the bundle with `diffx verify`"
+            )
+        return out
+
+    def plan(
+        self, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None, **options: Any
+    ) -> Plan:
+        """The plan that ``sample`` would use; what is None is the bundle's default."""
+        d = self.defaults
+        return make_plan(
+            self.spec,
+            d.sampler if sampler is None else sampler,
+            d.steps if steps is None else steps,
+            d.guidance_scale if guidance_scale is None else guidance_scale,
+            **options,
+        )
+
+    def labels(self, labels: Sequence[int | str] | int | str | None, num: int | None) -> NDArray[np.int64] | None:
+        """Labels as indices, (num,) int64, or None for a model without labels; see ``sample``."""
+        if num is not None and num < 1:
+            raise ShapeError(f"num {num}: expected at least 1")
+        if labels is None:
+            if not self.spec.conditional:
+                return None
+            return np.arange(num or self.spec.num_classes, dtype=np.int64) % self.spec.num_classes
+        if isinstance(labels, int | str | np.integer):
+            labels = [labels] * (num or 1)
+        if num is not None and num != len(labels):
+            raise ShapeError(f"num {num}: got {len(labels)} labels; give one of the two")
+        if len(labels) == 0:
+            raise ShapeError("labels: got none, expected at least one")
+        return np.array([self.spec.label_index(label) for label in labels], np.int64)
+
+    def _drawn(self, seed: int, indices: range, rows: Array) -> Iterator[Array | None]:
+        """The noise of each row, None where it adds none, drawn some rows at a time."""
+        noisy = [k for k, row in enumerate(rows) if row[NOISE] != 0]
+        at_once = max(1, _NOISE_CHUNK // (len(indices) * math.prod(self.spec.shape)))
+        ready: dict[int, Array] = {}
+        for k in range(len(rows)):
+            if rows[k][NOISE] == 0:
+                yield None
+                continue
+            if k not in ready:
+                ahead = [j for j in noisy if j >= k][:at_once]
+                ready = dict(zip(ahead, normal(seed, indices, [1 + j for j in ahead], self.spec.shape), strict=True))
+            yield ready[k]
+
+
+def _check_given(name: str, array: Array | None, expected: tuple[int, ...]) -> None:
+    if array is not None and array.shape != expected:
+        raise ShapeError(f"{name}: got shape {array.shape}, expected {expected}")

@@ -1,0 +1,105 @@
+"""What a model is: the facts that a plan, a graph and a runtime need, and that a state dict does not tell.
+
+Shapes used everywhere: B user batch, C channels, H and W sides; a sample is (C, H, W), or (D,) for points.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from diffexport.errors import ShapeError, SpecError
+from diffexport.schedules import Schedule
+
+Prediction = Literal["eps", "x0", "v", "flow"]
+Spacing = Literal["trailing", "respaced"]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The facts of one trained network ``F(x, c_noise, label)``.
+
+    The denoiser is ``D = c_skip*x + c_out*F(c_in*x, c_noise, label)`` (Karras et al. 2022, Eq. 7); the fields
+    below decide those coefficients, the range of labels and how guidance is applied.
+    """
+
+    family: str
+    """What the model is called in messages: "DiT", "official DiT", "U-Net"."""
+    shape: tuple[int, ...]
+    """Shape of one sample, (C, H, W) or (D,)."""
+    prediction: Prediction
+    """What the network was trained to predict."""
+    schedule: Schedule
+    """The noise levels it was trained on."""
+    num_classes: int = 0
+    """Number of labels; 0 for a model without labels. The null label of guidance is ``num_classes``."""
+    scaled: bool = False
+    """The input is multiplied by 1/sqrt(1 + sigma^2) before the network sees it."""
+    noise_input: Literal["sigma", "timestep"] = "sigma"
+    """What the network is told about the noise: sigma itself, or the index of the schedule's step."""
+    unit_start: bool = False
+    """Sampling starts at sqrt(1 + sigma_max^2)*z, as processes that start from unit noise do, not at sigma_max*z."""
+    spacing: Spacing = "trailing"
+    """Which steps of the schedule a run of fewer steps visits."""
+    guided_channels: int | None = None
+    """Guidance acts on the first so many channels of the output; None means on all predicted channels."""
+    learned_variance: bool = False
+    """The output has 2C channels, the second half interpolating the log variance (Nichol & Dhariwal 2021, Eq. 15)."""
+    clip: float | None = None
+    """The denoised estimate is clamped to [-clip, clip]."""
+    label_names: tuple[str, ...] = ()
+    """Names of the labels in order, or empty."""
+    architecture: dict[str, Any] = {}
+    """The constructor's arguments, as the checkpoint reader found them; for people, no runtime reads it."""
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (1, 3) or any(side < 1 for side in self.shape):
+            raise SpecError(f"shape {self.shape}: expected (C, H, W) or (D,) with every side at least 1")
+        if self.num_classes < 0:
+            raise SpecError(f"num_classes {self.num_classes}: expected 0 or more")
+        if self.label_names and len(self.label_names) != self.num_classes:
+            raise SpecError(f"label_names: got {len(self.label_names)} names for {self.num_classes} classes")
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= self.shape[0]:
+            raise SpecError(f"guided_channels {self.guided_channels}: expected 1..{self.shape[0]}")
+        if (self.prediction == "flow") != (self.schedule.kind == "flow"):
+            raise SpecError(
+                f"prediction {self.prediction!r} with schedule {self.schedule.kind!r}: "
+                "a flow model needs the flow schedule, and only a flow model can use it"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise SpecError(f"clip {self.clip}: expected a number above 0")
+
+    @property
+    def conditional(self) -> bool:
+        return self.num_classes > 0
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no label" in guidance (Ho & Salimans 2022)."""
+        return self.num_classes
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the network's output for one sample."""
+        return (self.shape[0] * (2 if self.learned_variance else 1), *self.shape[1:])
+
+    def label_index(self, label: int | str) -> int:
+        """The index of a label given by index or by name.
+
+        Raises:
+            ShapeError: no label has this index or name.
+        """
+        if not self.conditional:
+            raise ShapeError(f"label {label!r}: this model has no labels; ask for a number of samples instead")
+        if isinstance(label, str) and label in self.label_names:
+            return self.label_names.index(label)
+        try:
+            index = int(label)
+        except ValueError:
+            known = ", ".join(self.label_names[:8]) + (", ..." if len(self.label_names) > 8 else "")
+            raise ShapeError(
+                f"label {label!r}: no label has this name; {'known: ' + known if known else 'use 0..' + str(self.num_classes - 1)}"
+            ) from None
+        if not 0 <= index < self.num_classes:
+            raise ShapeError(f"label {index}: this model has labels 0..{self.num_classes - 1}")
+        return index
