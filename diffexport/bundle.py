@@ -14,12 +14,7 @@ The certificate vouches for the manifest and the manifest for every other file, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -218,40 +213,6 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     from safetensors.numpy import save
 
     path.write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
-
-
-@contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that takes the place of ``target`` when the block ends well, and else is removed.
-
-    A killed process leaves ``target`` as it was; its left-over sibling is removed by the next run.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise BundleError(f"{target}: exists and is not a bundle; choose another --out or remove it")
-    prefix = f".{target.name}."
-    _remove_left_overs(target.parent, prefix)
-    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
-    try:
-        work.chmod(0o755)
-        yield work
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
-            target.rename(old / target.name)
-            work.rename(target)
-            shutil.rmtree(old)
-        else:
-            work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _remove_left_overs(parent: Path, prefix: str) -> None:
-    """Remove temporary folders of processes that no longer run."""
-    for folder in parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).split(".")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _decode(path: Path, kind: type[_Struct]) -> _Struct:

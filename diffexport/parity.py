@@ -175,27 +175,33 @@ def run_plan(session: Session, spec: ModelSpec, plan: Plan, labels: NDArray[np.i
     return session.state()[0]
 
 
+HEAVY_PARAMETERS = 10_000_000
+"""Above this many parameters a comparison is narrowed unless all of it is asked for; see ``Scope``."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """What a comparison covers: batches, and how much of it at each.
 
-    The whole comparison of a 33 M-parameter DiT takes minutes on two cores, so a model whose network evaluation costs more
-    than ``HEAVY`` is compared over all noise levels and a whole run at batch 1, and over one step at the larger batches.
+    The whole comparison of a 33 M-parameter DiT takes minutes on two cores. A narrowed one covers every noise level and a
+    whole run at the smallest batch, and the middle noise level at the larger ones.
     """
 
     batches: tuple[int, ...]
     whole: bool
 
-    def levels(self, spec: ModelSpec, batch: int) -> NDArray[np.float64]:
-        levels = check_levels(spec)
-        return levels if self.whole or batch == min(self.batches) else levels[len(levels) // 2 :][:1]
+    def batches_at_level(self, level: int) -> tuple[int, ...]:
+        return self.batches if self.whole or level == SIGMAS // 2 else self.batches[:1]
 
-    def runs(self, batch: int) -> bool:
-        return self.whole or batch == min(self.batches)
+    @property
+    def batches_of_runs(self) -> tuple[int, ...]:
+        return self.batches if self.whole else self.batches[:1]
 
 
-HEAVY_PARAMETERS = 10_000_000
-"""Above this many parameters a comparison runs whole trajectories at the smallest batch only, unless asked for all."""
+def scope_of(parameters: int, default_batch: int, max_batch: int, whole: bool | None = None) -> Scope:
+    """The smallest, the default and the largest batch; narrowed for heavy models unless ``whole`` says otherwise."""
+    batches = tuple(sorted({1, min(default_batch, max_batch), max_batch}))
+    return Scope(batches, parameters <= HEAVY_PARAMETERS if whole is None else whole)
 
 
 def compare(
@@ -245,19 +251,19 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults) -> Iterator[_Job]:
     w = guidance_of(spec)
     levels = check_levels(spec)
     for k, sigma in enumerate(levels):
-        batches = tuple(b for b in scope.batches if sigma in scope.levels(spec, b))
+        batches = scope.batches_at_level(k)
         for weight in sorted({w, 1.0}, reverse=True):
             guided = f", guidance {weight:g}" if spec.conditional else ""
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
             yield _Job(f"D at sigma {sigma:.4g}{guided}", batches, sum(batches), _single(spec, row, float(sigma), k))
     middle = float(levels[len(levels) // 2])
     row = mixing_row(spec, middle, w)
-    small = min(scope.batches)
+    small = scope.batches[0]
     yield _Job(f"full update at sigma {middle:.4g}", (small,), small, _single(spec, row, middle, 7, mixed=True))
     plan = make_plan(
         spec, defaults.sampler, defaults.steps, w if defaults.guidance_scale == 1 else defaults.guidance_scale
     )
-    batches = tuple(b for b in scope.batches if scope.runs(b))
+    batches = scope.batches_of_runs
 
     def whole(session: Session, batch: int) -> tuple[Array, ...]:
         return (run_plan(session, spec, plan, _prefix(spec, batch), batch),)

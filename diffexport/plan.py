@@ -15,7 +15,7 @@ The state starts as x_scale*z. Guidance follows Ho & Salimans 2022 in the conven
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +136,34 @@ def make_plan(
     return Plan(rows, x_scale, np.array([update.sigma for update in updates]))
 
 
+READY_STEPS = (5, 10, 20, 50)
+"""Steps of the ready-made plans, for every sampler that the model allows."""
+
+
+def ready_plans(spec: ModelSpec, more: Iterable[str] = ()) -> dict[str, NDArray[np.float32]]:
+    """Ready-made plans: ``NAME.STEPS`` (rows, 13) and ``NAME.STEPS.x_scale`` (1,), float32, without guidance.
+
+    Every sampler that the model allows, at ``READY_STEPS``, and those asked for as ``NAME:STEPS``, which must be allowed.
+    """
+    wanted = [(name, steps, False) for name in SAMPLERS for steps in READY_STEPS]
+    for text in more:
+        name, _, steps_text = text.partition(":")
+        if not steps_text.isdigit():
+            raise PlanError(f"plan {text!r}: expected NAME:STEPS, such as ddim:20")
+        wanted.append((name, int(steps_text), True))
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for name, steps, asked in wanted:
+        try:
+            plan = make_plan(spec, name, steps)
+        except PlanError:
+            if asked:
+                raise
+            continue  # a sampler that this model does not allow, such as ddpm for a flow model
+        tensors[f"{name}.{steps}"] = plan.rows.astype(np.float32)
+        tensors[f"{name}.{steps}.x_scale"] = np.array([plan.x_scale], np.float32)
+    return tensors
+
+
 def noise_levels(spec: ModelSpec, steps: int, grid: str | Sequence[float] = "model", *, strided: bool = False) -> Array:
     """The falling noise levels of a run, (steps + 1,).
 
@@ -240,6 +268,6 @@ def timesteps(spec: ModelSpec, sigma: Array) -> Array:
     return np.asarray(np.interp(np.log(sigma), np.log(trained), np.arange(len(trained), dtype=np.float64)))
 
 
-def _nearest(name: str, names: Sequence[str] | dict[str, object]) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)

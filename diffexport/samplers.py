@@ -130,7 +130,7 @@ def dpmpp_2m_sde(sigmas: Sequence[float], eta: float = 1.0) -> list[Update]:
 
 
 def lms_2(sigmas: Sequence[float]) -> list[Update]:
-    """The linear multistep method of order 2 on the probability flow, as k-diffusion's ``sample_lms``. h holds the last slope."""
+    """The linear multistep method of order 2, as k-diffusion's ``sample_lms`` at order 2. h holds the last slope."""
     updates: list[Update] = []
     last = math.nan
     for s, n in pairwise(sigmas):

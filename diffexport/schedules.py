@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from diffexport.errors import PlanError, SpecError
+from diffexport.errors import SpecError
 
 Array = NDArray[np.float64]
 Kind = Literal["ddpm", "ldm", "sigmoid", "cosine", "loglinear", "flow", "levels"]

@@ -97,9 +97,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             index = int(label)
         except ValueError:
             known = ", ".join(self.label_names[:8]) + (", ..." if len(self.label_names) > 8 else "")
-            raise ShapeError(
-                f"label {label!r}: no label has this name; {'known: ' + known if known else 'use 0..' + str(self.num_classes - 1)}"
-            ) from None
+            hint = f"known: {known}" if known else f"use 0..{self.num_classes - 1}"
+            raise ShapeError(f"label {label!r}: no label has this name; {hint}") from None
         if not 0 <= index < self.num_classes:
             raise ShapeError(f"label {index}: this model has labels 0..{self.num_classes - 1}")
         return index

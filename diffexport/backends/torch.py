@@ -49,7 +49,7 @@ class TorchSession:
 
     @torch.no_grad()
     def step(self, row: Array, z: Array | None = None) -> None:
-        r = dict(zip(COLUMNS, torch.from_numpy(np.asarray(row, np.float32)), strict=True))
+        r: dict[str, torch.Tensor] = dict(zip(COLUMNS, torch.from_numpy(np.asarray(row, np.float32)), strict=True))
         x, h = self._x, self._h
         denoised, log_variance = self.denoise(r, x)
         self._x = r["x_x"] * x + r["x_d"] * denoised + r["x_h"] * h

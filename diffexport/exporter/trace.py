@@ -90,8 +90,8 @@ def _check_dynamic(model: onnx_ir.Model, spec: ModelSpec) -> None:
         dim = value.shape[0] if value.shape is not None else None
         if dim is None or isinstance(dim, int):
             raise ExportError(
-                f"{spec.family}: the traced batch of {value.name} is fixed at {dim}; a forward that depends on the batch in "
-                "Python (int(x.shape[0]), chunk of a concatenated batch) does this"
+                f"{spec.family}: the traced batch of {value.name} is fixed at {dim}; a forward that depends on the "
+                "batch in Python (int(x.shape[0]), chunk of a concatenated batch) does this"
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import onnx
     import onnx_ir
@@ -32,10 +34,16 @@ def write_weights(model: onnx_ir.Model, path: Path) -> onnx.GraphProto:
             align = _PAGE if tensor.nbytes >= _PAGE else _ALIGN
             file.write(b"\0" * (-file.tell() % align))
             offset = file.tell()
-            file.write(memoryview(tensor.numpy()).cast("B") if tensor.numpy().flags.c_contiguous else tensor.tobytes())
+            np.ascontiguousarray(tensor.numpy()).tofile(file)
             assert file.tell() - offset == tensor.nbytes
             value.const_value = onnx_ir.ExternalTensor(
-                path.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
+                path.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=onnx_ir.Shape(tensor.shape),
+                name=name,
+                base_dir=path.parent,
             )
         if not file.tell():
             file.write(b"\0" * _ALIGN)  # a model of a few numbers keeps them all in its graphs; no file is ever empty

@@ -24,16 +24,14 @@ from diffexport.bundle import (
     Defaults,
     Manifest,
     Precision,
-    Tensors,
     entry_of,
-    replacing_folder,
     sha256_of,
     write_json,
     write_tensors,
 )
-from diffexport.errors import ExportError, ParityError, PlanError
-from diffexport.plan import make_plan
-from diffexport.samplers import SAMPLERS
+from diffexport.errors import ExportError, ParityError
+from diffexport.files import replacing_folder
+from diffexport.plan import ready_plans
 from diffexport.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -41,9 +39,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the part of the whole done so far, 0 .. 1."""
-
-READY_STEPS = (5, 10, 20, 50)
-"""Steps of the ready-made plans, for every sampler that the model allows."""
 
 
 def export(
@@ -92,6 +87,8 @@ def export(
     out = Path(out)
     defaults = defaults or Defaults()
     ready = ready_plans(spec, plans)
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ExportError(f"{out}: exists and is not a bundle; choose another --out or remove it")
 
     report("tracing the network", 0.0)
     model = trace_network(module, spec)
@@ -152,14 +149,13 @@ def _certify(
     """Compare the graphs just written with the module, and record the golden cases."""
     from diffexport.backends.onnxruntime import OnnxRuntimeSession
     from diffexport.backends.torch import TorchSession
-    from diffexport.parity import HEAVY_PARAMETERS, Scope, check_denoiser, compare, golden_cases
+    from diffexport.parity import check_denoiser, compare, golden_cases, scope_of
 
     reference = TorchSession(module, spec)
     report("recording golden cases", 0.4)
     write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults))
     parameters = sum(p.numel() for p in module.parameters())
-    whole = parameters <= HEAVY_PARAMETERS if thorough is None else thorough
-    scope = Scope(tuple(sorted({1, min(defaults.batch, max_batch), max_batch})), whole)
+    scope = scope_of(parameters, defaults.batch, max_batch, thorough)
     candidate = OnnxRuntimeSession(spec, work / "step.onnx", work / "step_plain.onnx")
     measurements = compare(
         reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.45 + 0.5 * part)
@@ -182,32 +178,6 @@ def _refuse(certificate: Certificate) -> None:
         check(certificate.measurements)
     except ParityError as error:
         raise ParityError(f"{error}. No bundle was written; --allow-mismatch writes it all the same, marked") from None
-
-
-def ready_plans(spec: ModelSpec, more: Iterable[str] = ()) -> Tensors:
-    """Ready-made plans: ``NAME.STEPS`` (rows, 13) and ``NAME.STEPS.x_scale`` (1,), float32, without guidance.
-
-    Every sampler that the model allows, at ``READY_STEPS``, and those asked for as ``NAME:STEPS``, which must be allowed.
-    """
-    import numpy as np
-
-    wanted = [(name, steps, False) for name in SAMPLERS for steps in READY_STEPS]
-    for text in more:
-        name, _, steps_text = text.partition(":")
-        if not steps_text.isdigit():
-            raise PlanError(f"plan {text!r}: expected NAME:STEPS, such as ddim:20")
-        wanted.append((name, int(steps_text), True))
-    tensors: Tensors = {}
-    for name, steps, asked in wanted:
-        try:
-            plan = make_plan(spec, name, steps)
-        except PlanError:
-            if asked:
-                raise
-            continue  # a sampler that this model does not allow, such as ddpm for a flow model
-        tensors[f"{name}.{steps}"] = plan.rows.astype(np.float32)
-        tensors[f"{name}.{steps}.x_scale"] = np.array([plan.x_scale], np.float32)
-    return tensors
 
 
 def weights_digest(module: torch.nn.Module) -> str:

@@ -1,0 +1,80 @@
+"""``diffx export``: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffexport_cli.progress import progress_bar
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint: .pt, .pth, .bin or .safetensors.", metavar="CKPT")],
+    out: Annotated[Path | None, typer.Option(help="The bundle to write.  [default: CKPT's name with .diffx]")] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest batch that is checked.", metavar="B")] = 16,
+    sampler: Annotated[str, typer.Option(help="Default sampler of the bundle.")] = "ddim",
+    steps: Annotated[int, typer.Option(help="Default number of steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Default guidance weight; 1 is off.")] = 1.0,
+    plan: Annotated[list[str] | None, typer.Option(help="One more ready-made plan, NAME:STEPS. Repeatable.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where the file does not tell.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images, where the file does not tell.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="eps, x0, v or flow, where the file does not tell.")] = None,
+    scaled: Annotated[
+        bool | None, typer.Option("--scaled/--no-scaled", help="Whether the input is scaled by 1/sqrt(1 + sigma^2).")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="ddpm, ldm, sigmoid, cosine, loglinear or flow, where the file does not tell.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="ema or model, of a snapshot that holds both.")] = None,
+    thorough: Annotated[bool, typer.Option(help="Compare whole runs at every batch, for large models too.")] = False,
+    allow_mismatch: Annotated[bool, typer.Option(help="Write the bundle, marked, even if parity fails.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Trace a checkpoint into a bundle and check it against PyTorch before it is written.
+
+    Example: diffx export dit.pt --out dit.diffx
+    """
+    from diffexport.bundle import Defaults
+    from diffexport.exporter.write import export as export_bundle
+    from diffexport.parity import describe
+    from diffexport_cli.checkpoint import read_checkpoint
+    from diffexport_cli.output import print_json, size_of, worst_of
+
+    with progress_bar("reading the checkpoint") as progress:
+        facts = dict(
+            heads=heads,
+            image_size=image_size,
+            prediction=prediction,
+            scaled=scaled,
+            schedule=schedule,
+            weights=weights,
+        )
+        found = read_checkpoint(checkpoint, **facts)
+        bundle = export_bundle(
+            found.module,
+            found.spec,
+            out or Path(checkpoint.with_suffix(".diffx").name),
+            max_batch=max_batch,
+            defaults=Defaults(sampler=sampler, steps=steps, guidance_scale=guidance_scale, batch=min(8, max_batch)),
+            plans=plan or (),
+            allow_mismatch=allow_mismatch,
+            thorough=True if thorough else None,
+            progress=progress,
+        )
+    certificate = bundle.certificate()
+    if json:
+        print_json({"bundle": str(bundle.path), "certificate": certificate, "notes": found.notes})
+        return
+    for note in found.notes:
+        print(note)
+    spec = bundle.spec
+    labels = f"{spec.num_classes} labels" if spec.conditional else "no labels"
+    shape = " x ".join(map(str, spec.shape))
+    print(f"{spec.family}, {bundle.manifest.parameters / 1e6:.2f} M parameters, samples {shape}, {labels}")
+    passed = sum(m.passed for m in certificate.measurements)
+    print(f"parity with PyTorch: {passed} of {len(certificate.measurements)} comparisons hold")
+    print(f"  worst step:  {describe(worst_of(certificate.measurements, runs=False))}")
+    print(f"  worst run:   {describe(worst_of(certificate.measurements, runs=True))}")
+    print(f"wrote {bundle.path} ({size_of(bundle.path)})")

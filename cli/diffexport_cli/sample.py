@@ -1,0 +1,172 @@
+"""``diffx sample``: samples from a bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffexport_cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from diffexport.spec import ModelSpec
+
+
+def sample(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the network; `diffx doctor` lists them.")] = "ort",
+    labels: Annotated[
+        str | None, typer.Option(help="Labels, by number or name: 3,1,4 or 0-9 or all.  [default: 0, 1, 2, ... in turn]")
+    ] = None,
+    num: Annotated[int | None, typer.Option(help="How many samples.  [default: one a label, else 16]")] = None,
+    per_label: Annotated[int | None, typer.Option(help="How many samples of each label; the PNG has a column a label.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="The sampler; `diffx plan --list` lists them.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance weight w of uncond + w*(cond - uncond); 1 is off.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="Guide only where sigma lies in LOW:HIGH.", metavar="LOW:HIGH")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Noise levels: model, karras, exponential, or falling numbers 10,5,1,0.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of ddim, euler-ancestral and dpmpp-2m-sde.")] = None,
+    gam: Annotated[float | None, typer.Option(help="Extrapolation of accelerated.")] = None,
+    mu: Annotated[float | None, typer.Option(help="Noise of accelerated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed; it and the index decide a sample.")] = 0,
+    first: Annotated[int, typer.Option(help="Index of the first sample.")] = 0,
+    batch: Annotated[int | None, typer.Option(help="How many are drawn at once.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the ort backend.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint, for the torch backend.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The PNG to write.  [default: the bundle's name with .png]")] = None,
+    npz: Annotated[Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32 and labels.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Draw samples and write them as a PNG, or as arrays.
+
+    Example: diffx sample digits.diffx --labels all --per-label 8 --guidance-scale 2 --seed 0 --out grid.png
+    """
+    from diffexport.bundle import Bundle
+    from diffexport_cli.output import find_bundle, print_json
+
+    opened = Bundle.open(find_bundle(bundle))
+    wanted = _labels(opened.spec, labels, num, per_label)
+    options = _options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
+    plan = opened.plan(sampler, steps, guidance_scale, **options)
+    if out is None and npz is None:
+        out = Path(f"{opened.manifest.name}.png")
+    with progress_bar("sampling") as progress, opened.sampler(backend, **_backend_options(backend, checkpoint, threads)) as s:
+        started = time.perf_counter()
+        x = s.sample(
+            wanted,
+            num=num if wanted is None else None,
+            plan=plan,
+            seed=seed,
+            first=first,
+            batch=batch,
+            on_step=lambda done, total: progress("sampling", done / total),
+        )
+        seconds = time.perf_counter() - started
+        device = s.session.device
+    indices = None if wanted is None else [opened.spec.label_index(label) for label in wanted]
+    written = _write(opened.spec, x, indices, out, npz, columns=len(wanted) // per_label if wanted and per_label else None)
+    result: dict[str, Any] = {
+        "samples": len(x),
+        "backend": backend,
+        "device": device,
+        "rows": len(plan),
+        "evaluations": plan.evaluations,
+        "seed": seed,
+        "seconds": round(seconds, 4),
+        "written": written,
+    }
+    if json:
+        print_json(result)
+        return
+    print(f"{len(x)} samples on {backend} ({device}), {plan.evaluations} network evaluations each, {seconds:.2f} s")
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int | None) -> list[int | str] | None:
+    """One label for each sample, or None for a model without labels."""
+    from diffexport.errors import ShapeError
+
+    if not spec.conditional:
+        if text is not None or per_label is not None:
+            raise ShapeError("--labels, --per-label: this model has no labels; use --num")
+        return None
+    given: list[int | str] = []
+    for part in "all" if text is None else text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if dash and low.isdigit() and high.isdigit():
+            given += range(int(low), int(high) + 1)
+        else:
+            given.append(part.strip())
+    if text is None or text.strip() == "all":
+        given = list(range(spec.num_classes))
+    if per_label is not None:
+        if per_label < 1 or num is not None:
+            raise ShapeError(f"--per-label {per_label}: expected at least 1, and no --num beside it")
+        return given * per_label
+    if num is not None and num < 1:
+        raise ShapeError(f"--num {num}: expected at least 1")
+    if num is None and text is None:
+        num = min(spec.num_classes, 16)
+    return given if num is None else [given[k % len(given)] for k in range(num)]
+
+
+def _options(*, grid: str | None, guidance_interval: str | None, **numbers: float | None) -> dict[str, Any]:
+    """The keyword arguments of ``make_plan`` that were given."""
+    from diffexport.errors import PlanError
+
+    options: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+    try:
+        if grid is not None:
+            options["grid"] = [float(level) for level in grid.split(",")] if "," in grid else grid
+        if guidance_interval is not None:
+            low, high = guidance_interval.split(":")
+            options["guidance_interval"] = (float(low), float(high))
+    except ValueError:
+        raise PlanError(
+            "--grid takes a name or falling numbers 10,5,1,0; --guidance-interval takes LOW:HIGH, such as 0.3:5"
+        ) from None
+    return options
+
+
+def _backend_options(backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:
+    from diffexport_cli.checkpoint import read_checkpoint
+
+    options: dict[str, Any] = {}
+    if threads is not None:
+        options["threads"] = threads
+    if backend == "torch" and checkpoint is not None:
+        options["module"] = read_checkpoint(checkpoint).module
+    return options
+
+
+def _write(
+    spec: ModelSpec, x: Any, labels: list[int] | None, out: Path | None, npz: Path | None, columns: int | None
+) -> list[str]:
+    """Write what was asked for; the paths, in order."""
+    import numpy as np
+
+    from diffexport.errors import DiffexportError
+    from diffexport.files import replacing_file
+    from diffexport.pictures import save_samples
+
+    names = [spec.label_names[k] if spec.label_names else str(k) for k in labels] if labels is not None else None
+    written = []
+    try:
+        if out is not None:
+            with replacing_file(out) as work:
+                save_samples(x, work, names, columns)
+            written.append(str(out))
+        if npz is not None:
+            with replacing_file(npz) as work, work.open("wb") as file:
+                np.savez(file, x=x, **({} if labels is None else {"labels": np.array(labels, np.int64)}))
+            written.append(str(npz))
+    except OSError as error:
+        raise DiffexportError(f"{error.filename or out or npz}: cannot be written ({error.strerror or error})") from error
+    return written

@@ -1,0 +1,49 @@
+"""``diffx verify``: does a bundle still give what it was certified for?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffexport_cli.progress import progress_bar
+
+
+def verify(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
+    backend: Annotated[str, typer.Option(help="Backend to run the golden cases on, or all.")] = "ort",
+    against: Annotated[Path | None, typer.Option(help="The checkpoint to compare with.", metavar="CKPT")] = None,
+    thorough: Annotated[bool, typer.Option(help="With --against: whole runs at every batch, for large models too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check files, certificate, plans and golden cases; exit status 0 only where every check holds.
+
+    Example: diffx verify dit.diffx --against dit.pt
+    """
+    from diffexport.backends import BACKENDS
+    from diffexport.verify import verify as verify_bundle
+    from diffexport_cli.checkpoint import read_checkpoint
+    from diffexport_cli.output import find_bundle, print_json
+
+    path = find_bundle(bundle)
+    with progress_bar("verifying") as progress:
+        found = read_checkpoint(against) if against is not None else None
+        usable = [name for name, entry in BACKENDS.items() if entry.installed and (name != "torch" or found)]
+        findings = verify_bundle(
+            path,
+            usable if backend == "all" else [backend],
+            module=found.module if found else None,
+            spec=found.spec if found else None,
+            thorough=thorough,
+            progress=progress,
+        )
+    passed = all(finding.passed for finding in findings)
+    if json:
+        print_json({"bundle": str(path), "passed": passed, "findings": findings})
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
+        print(f"{path}: every check holds" if passed else f"{path}: {sum(not f.passed for f in findings)} checks FAILED")
+    if not passed:
+        raise typer.Exit(1)

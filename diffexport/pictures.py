@@ -1,0 +1,99 @@
+"""What people look at: grids of samples, and clouds of points, as PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from diffexport.errors import ShapeError
+
+Array = NDArray[np.float32]
+
+TILE = 64
+"""Samples with a shorter side are enlarged by a whole factor to about this many pixels."""
+_GAP, _CAPTION = 4, 16
+_PAPER, _INK = 255, (40, 40, 40)
+
+
+def to_pixels(x: Array) -> NDArray[np.uint8]:
+    """Samples in [-1, 1], (B, C, H, W), as (B, H, W, 3) bytes: one channel is gray, three are RGB.
+
+    Of any other number of channels, latents for one, the first three are shown, each stretched to its own range.
+    """
+    if x.ndim != 4:
+        raise ShapeError(f"a picture needs samples of shape (C, H, W), got {x.shape[1:]}")
+    channels = x.shape[1]
+    if channels not in (1, 3):
+        x = x[:, : 3 if channels > 3 else 1]
+        low, high = x.min((0, 2, 3), keepdims=True), x.max((0, 2, 3), keepdims=True)
+        x = (x - low) / np.maximum(high - low, 1e-12) * 2 - 1
+    pixels = np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.repeat(pixels, 3, 1).transpose(0, 2, 3, 1) if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
+
+
+def grid(x: Array, captions: Sequence[str] | None = None, columns: int | None = None) -> Image.Image:
+    """Samples side by side, (B, C, H, W) in [-1, 1].
+
+    Args:
+        captions: one for each sample, drawn above it unless the sample above has the same one.
+        columns: samples in a row; about a square where not given.
+    """
+    pixels = to_pixels(x)
+    count, height, width = pixels.shape[:3]
+    columns = columns or math.ceil(math.sqrt(count))
+    factor = max(1, round(TILE / max(height, width)))
+    pixels = pixels.repeat(factor, 1).repeat(factor, 2)
+    height, width = height * factor, width * factor
+    rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
+    captioned = [captions is not None and _new_captions(captions, row, columns) for row in rows]
+    page = Image.new(
+        "RGB",
+        (columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP + sum(captioned) * _CAPTION),
+        (_PAPER,) * 3,
+    )
+    draw, font, top = ImageDraw.Draw(page), ImageFont.load_default(12), _GAP
+    for row, has_caption in zip(rows, captioned, strict=True):
+        if has_caption and captions is not None:
+            for column, index in enumerate(row):
+                centre = _GAP + column * (width + _GAP) + width // 2
+                draw.text((centre, top + _CAPTION // 2 - 1), _fit(captions[index], width), _INK, font, anchor="mm")
+            top += _CAPTION
+        for column, index in enumerate(row):
+            page.paste(Image.fromarray(pixels[index]), (_GAP + column * (width + _GAP), top))
+        top += height + _GAP
+    return page
+
+
+def points(x: Array, size: int = 480) -> Image.Image:
+    """Samples of two numbers, (B, 2), as dots on a square page."""
+    if x.ndim != 2 or x.shape[1] != 2:
+        raise ShapeError(f"a cloud of points needs samples of shape (2,), got {x.shape[1:]}")
+    scale = 4  # drawn large and reduced, for smooth edges
+    page = Image.new("RGB", (size * scale, size * scale), (_PAPER,) * 3)
+    draw, radius = ImageDraw.Draw(page), 3 * scale
+    middle, half = (x.min(0) + x.max(0)) / 2, max(float(np.ptp(x, 0).max()) / 2, 1e-6) * 1.08
+    for u, v in (x - middle) / half:
+        left, top = (u + 1) / 2 * size * scale, (1 - v) / 2 * size * scale
+        draw.ellipse((left - radius, top - radius, left + radius, top + radius), fill=(31, 91, 158))
+    return page.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def save_samples(x: Array, path: str | Path, captions: Sequence[str] | None = None, columns: int | None = None) -> None:
+    """Write samples as a PNG: a grid of images, or a cloud of points."""
+    picture = points(x) if x.ndim == 2 else grid(x, captions, columns)
+    picture.save(path, format="PNG")
+
+
+def _new_captions(captions: Sequence[str], row: range, columns: int) -> bool:
+    """Whether any sample of the row has another caption than the one above it."""
+    return any(index < columns or captions[index] != captions[index - columns] for index in row)
+
+
+def _fit(text: str, width: int) -> str:
+    letters = max(1, width // 6)
+    return text if len(text) <= letters else text[: letters - 1] + "…"

@@ -1,0 +1,172 @@
+"""Verification of a bundle, any time after its export, with the checkpoint or without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffexport.backends import open_session
+from diffexport.bundle import Bundle, Measurement
+from diffexport.errors import BackendError, BundleError, DiffexportError, PlanError
+from diffexport.parity import Progress, check_golden, compare, describe, scope_of
+from diffexport.plan import make_plan
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes:
+        name: what, "files" or "golden cases on ort".
+        passed: whether it holds.
+        detail: the figure behind it, or what is wrong.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    path: str | Path,
+    backends: Sequence[str] = ("ort",),
+    *,
+    module: torch.nn.Module | None = None,
+    spec: ModelSpec | None = None,
+    thorough: bool = False,
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """Check a bundle: files, certificate, plans, golden cases on each backend, and the module where it is given.
+
+    Args:
+        backends: which to run the golden cases on.
+        module, spec: the checkpoint that the bundle should be of; compared as at export.
+        thorough: compare whole runs at every batch, as export does for small models.
+
+    Returns:
+        What was checked, in order. It stops at files that differ from the manifest, since nothing after that means much.
+
+    Raises:
+        BundleError: there is no bundle at all.
+        BackendError: a backend that was named does not exist or is not installed.
+    """
+    report = progress or (lambda _what, _part: None)
+    report("checking files", 0.0)
+    if not Path(path).is_dir():
+        Bundle.open(path)  # says what is there instead
+    try:
+        bundle = Bundle.open(path)
+    except BundleError as error:
+        return [Finding("files", False, str(error))]
+    total = sum(entry.size for entry in bundle.manifest.files.values())
+    findings = [Finding("files", True, f"{len(bundle.manifest.files)} files, {total / 1e6:.1f} MB, match the manifest")]
+    findings += [_certificate(bundle), _plans(bundle)]
+    for index, backend in enumerate(backends):
+        report(f"golden cases on {backend}", 0.1 + 0.3 * index / len(backends))
+        findings.append(golden_finding(bundle, backend, module))
+    if module is not None and spec is not None:
+        findings += _against(bundle, module, spec, thorough, lambda what, part: report(what, 0.4 + 0.6 * part))
+    report("done", 1.0)
+    return findings
+
+
+def _certificate(bundle: Bundle) -> Finding:
+    try:
+        certificate = bundle.certificate()
+    except BundleError as error:
+        return Finding("certificate", False, str(error))
+    failed = [m for m in certificate.measurements if not m.passed]
+    if failed or not certificate.passed:
+        return Finding("certificate", False, f"exported with --allow-mismatch: {_worst(failed)}")
+    return Finding(
+        "certificate",
+        True,
+        f"{len(certificate.measurements)} comparisons at export; {_worst(certificate.measurements)}",
+    )
+
+
+def _plans(bundle: Bundle) -> Finding:
+    """The ready-made plans are those of the manifest's schedule."""
+    plans = bundle.plans()
+    names = [name for name in plans if not name.endswith(".x_scale")]
+    try:
+        for name in names:
+            sampler, _, steps = name.rpartition(".")
+            plan = make_plan(bundle.spec, sampler, int(steps))
+            for found, expected in ((plans[name], plan.rows), (plans[f"{name}.x_scale"], np.array([plan.x_scale]))):
+                if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-6, atol=1e-7):
+                    return Finding("plans", False, f"plan {name} is not the one of this model's schedule; export again")
+    except (PlanError, KeyError, ValueError) as error:
+        return Finding("plans", False, f"plan {name} cannot be checked ({error}); export again")
+    return Finding("plans", True, f"{len(names)} plans follow from the schedule")
+
+
+def golden_finding(bundle: Bundle, backend: str, module: torch.nn.Module | None = None) -> Finding:
+    """The golden cases on one backend."""
+    name = f"golden cases on {backend}"
+    session = open_session(bundle, backend, **({"module": module} if backend == "torch" else {}))
+    try:
+        measurements = check_golden(session, bundle.spec, bundle.golden(), bundle.manifest.precision)
+    except (DiffexportError, KeyError, ValueError) as error:
+        if isinstance(error, BackendError):
+            raise
+        return Finding(name, False, f"{type(error).__name__}: {error}")
+    finally:
+        session.close()
+    return _finding(name, measurements)
+
+
+def _against(
+    bundle: Bundle, module: torch.nn.Module, spec: ModelSpec, thorough: bool, progress: Progress
+) -> list[Finding]:
+    """The bundle is of this module: same facts, same weights, same results."""
+    from diffexport.backends.torch import TorchSession
+    from diffexport.exporter.write import weights_digest
+
+    manifest = bundle.manifest
+    differing = [name for name in spec.__struct_fields__ if getattr(spec, name) != getattr(manifest.model, name)]
+    facts = (
+        Finding("facts of the checkpoint", True, "are those of the manifest")
+        if not differing
+        else Finding(
+            "facts of the checkpoint",
+            False,
+            f"{differing[0]}: the checkpoint says {getattr(spec, differing[0])!r}, "
+            f"the bundle {getattr(manifest.model, differing[0])!r}",
+        )
+    )
+    same = weights_digest(module) == manifest.source
+    weights = Finding(
+        "weights of the checkpoint", same, "are those exported" if same else "are not those that were exported"
+    )
+    if spec.shape != manifest.model.shape or spec.num_classes != manifest.model.num_classes:
+        return [facts, weights]
+    scope = scope_of(manifest.parameters, manifest.defaults.batch, manifest.max_batch, whole=thorough or None)
+    session = open_session(bundle, "ort")
+    try:
+        reference = TorchSession(module, spec)
+        measured = compare(reference, session, spec, manifest.precision, scope, manifest.defaults, progress)
+    finally:
+        session.close()
+    return [facts, weights, _finding("results beside PyTorch's", measured)]
+
+
+def _finding(name: str, measurements: Sequence[Measurement]) -> Finding:
+    failed = [m for m in measurements if not m.passed]
+    if failed:
+        return Finding(name, False, f"{len(failed)} of {len(measurements)} differ: {_worst(failed)}")
+    return Finding(name, True, f"{len(measurements)} comparisons; {_worst(measurements)}")
+
+
+def _worst(measurements: Sequence[Measurement]) -> str:
+    if not measurements:
+        return "no measurement was kept"
+    return "worst " + describe(max(measurements, key=lambda m: np.inf if np.isnan(m.relative_l2) else m.relative_l2))
