@@ -1,0 +1,103 @@
+"""Small networks with random weights, and bundles of them, for tests that need any model at all."""
+
+import diffexport
+import numpy as np
+import pytest
+import torch
+from diffexport.schedules import DEFAULT_SCHEDULES
+from diffexport.spec import ModelSpec
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+class ToyNetwork(nn.Module):
+    """Convolutions that are told noise and label by a shift; C or 2C channels out."""
+
+    def __init__(self, channels=2, outputs=2, num_classes=5):
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes + 1, 16) if num_classes else None
+        self.noise = nn.Linear(2, 16)
+        self.first = nn.Conv2d(channels, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, outputs, 3, padding=1)
+
+    def forward(self, x, c_noise, label=None):
+        c = 0.5 * torch.log1p(c_noise)
+        shift = self.noise(torch.stack([c.sin(), c.cos()], 1))
+        if self.embedding is not None:
+            shift = shift + self.embedding(label)
+        return self.last(torch.tanh(self.first(x) + shift[:, :, None, None]))
+
+
+class ToyPoints(nn.Module):
+    """A network of points without labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def forward(self, x, c_noise):
+        return self.net(torch.cat([x, torch.log1p(c_noise)[:, None]], 1))
+
+
+def _toys():
+    ddpm, flow = DEFAULT_SCHEDULES["ddpm"], DEFAULT_SCHEDULES["flow"]
+    picture = {"shape": (2, 6, 6), "num_classes": 5}
+    return {
+        "plain": (
+            lambda: ToyNetwork(),
+            ModelSpec(family="toy", prediction="v", scaled=True, schedule=ddpm, **picture),
+        ),
+        "variance": (  # everything that a model can have at once
+            lambda: ToyNetwork(outputs=4),
+            ModelSpec(
+                family="toy variance",
+                prediction="eps",
+                schedule=ddpm,
+                learned_variance=True,
+                guided_channels=1,
+                clip=1.5,
+                noise_input="timestep",
+                unit_start=True,
+                spacing="respaced",
+                label_names=("ant", "bee", "cat", "dog", "eel"),
+                **picture,
+            ),
+        ),
+        "flow": (lambda: ToyNetwork(), ModelSpec(family="toy flow", prediction="flow", schedule=flow, **picture)),
+        "points": (ToyPoints, ModelSpec(family="toy points", prediction="x0", schedule=ddpm, shape=(2,))),
+    }
+
+
+TOYS = _toys()
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """``toy(name)`` gives the module and spec of one of TOYS, the same weights every time."""
+
+    def make(name):
+        build, spec = TOYS[name]
+        torch.manual_seed(0)
+        return build().eval(), spec
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy, tmp_path_factory):
+    """``toy_bundle(name)`` gives the bundle of one of TOYS, exported once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            out = tmp_path_factory.mktemp("bundles") / f"{name}.diffx"
+            made[name] = diffexport.export(*toy(name), out, max_batch=4)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
