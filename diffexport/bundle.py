@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from diffexport.errors import BundleError
+from diffexport.errors import BundleError, SpecError
 from diffexport.plan import Plan, make_plan
 from diffexport.spec import ModelSpec
 
@@ -229,7 +229,7 @@ def _decode(path: Path, kind: type[_Struct]) -> _Struct:
                 f"{path}: schema version {schema}, this diffexport reads {SCHEMA}; export the model again"
             )
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, AttributeError) as error:
+    except (msgspec.DecodeError, SpecError, AttributeError) as error:
         raise BundleError(f"{path}: not a valid {path.name} ({error}); export the model again") from error
 
 
