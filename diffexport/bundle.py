@@ -5,6 +5,7 @@
     step.onnx           (x, h, z, label, row) -> (x', h'), guidance inside
     step_plain.onnx     the same without guidance, for rows with w = 1
     denoiser.onnx       (x, sigma, label, guidance) -> D
+    sampler.onnx        (x_init, label, plan, noise) -> x, the whole loop in one call
     plans.safetensors   ready-made plans for runtimes without Python
     golden.safetensors  golden cases: recorded inputs and PyTorch's outputs
     certificate.json    what was measured against PyTorch, with the manifest's sha256
@@ -33,7 +34,7 @@ SCHEMA = 1
 SUFFIX = ".diffx"
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 WEIGHTS, PLANS, GOLDEN = "weights.bin", "plans.safetensors", "golden.safetensors"
-GRAPHS = ("step", "step_plain", "denoiser")
+GRAPHS = ("step", "step_plain", "denoiser", "sampler")
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Tensors = dict[str, NDArray[Any]]

@@ -286,6 +286,16 @@ def _single(
     return run
 
 
+def _one_call(spec: ModelSpec, rows: Array) -> Callable[[Session, int], tuple[Array, ...]]:
+    """Some rows applied by the loop inside the graph."""
+
+    def run(session: Session, batch: int) -> tuple[Array, ...]:
+        draws = normal(SEED, range(batch), range(1 + len(rows)), spec.shape)
+        return (session.run(draws[0], _prefix(spec, batch), rows, draws[1:]),)
+
+    return run
+
+
 def _prefix(spec: ModelSpec, batch: int) -> NDArray[np.int64] | None:
     """Labels of a batch such that a smaller batch has a larger one's first."""
     labels = check_labels(spec, 16)

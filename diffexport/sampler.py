@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from diffexport.plan import NOISE, Plan, make_plan
 from diffexport.spec import ModelSpec
 
 Array = NDArray[np.float32]
+Labels = NDArray[np.int64]
 OnStep = Callable[[int, int], None]
 """Called after each row with (evaluations of a row done so far, those of the whole call)."""
 
@@ -57,6 +58,7 @@ class Sampler:
         x_init: Array | None = None,
         noise: Array | None = None,
         on_step: OnStep | None = None,
+        one_call: bool = False,
         **options: Any,
     ) -> Array:
         """Draw samples.
@@ -71,7 +73,8 @@ class Sampler:
             plan: a ready plan in place of sampler, steps, guidance_scale and options.
             x_init: (num, *shape) unit normal start in place of the seed's.
             noise: (rows, num, *shape) unit normal noise in place of the seed's.
-            on_step: called after each step.
+            on_step: called after each step; after each batch with ``one_call``.
+            one_call: run the whole loop inside the graph, one call a batch, in place of one call a row.
 
         Returns:
             (num, *shape) float32.
@@ -99,19 +102,20 @@ class Sampler:
 
         out = np.empty((count, *self.spec.shape), np.float32)
         rows = plan.rows.astype(np.float32)
-        done, total = 0, len(rows) * math.ceil(count / size)
-        for start in range(0, count, size):
+        run = self._in_one_call if one_call else self._stepped
+        starts = range(0, count, size)
+        for number, start in enumerate(starts):
             part = slice(start, min(start + size, count))
             indices = range(first + part.start, first + part.stop)
             begin = normal(seed, indices, [0], self.spec.shape)[0] if x_init is None else x_init[part]
             drawn = self._drawn(seed, indices, rows) if noise is None else (z[part] for z in noise)
-            self.session.begin(np.float32(plan.x_scale) * begin, None if label is None else label[part])
-            for row, z in zip(rows, drawn, strict=True):
-                self.session.step(row, z)
-                done += 1
-                if on_step is not None:
-                    on_step(done, total)
-            out[part] = self.session.state()[0]
+            out[part] = run(
+                np.float32(plan.x_scale) * begin,
+                None if label is None else label[part],
+                rows,
+                drawn,
+                _counting(on_step, number * len(rows), len(starts) * len(rows)),
+            )
         if not np.isfinite(out).all():
             bad = int(np.argwhere(~np.isfinite(out.reshape(count, -1)).all(1))[0, 0])
             raise BackendError(
@@ -133,7 +137,7 @@ class Sampler:
             **options,
         )
 
-    def labels(self, labels: Sequence[int | str] | int | str | None, num: int | None) -> NDArray[np.int64] | None:
+    def labels(self, labels: Sequence[int | str] | int | str | None, num: int | None) -> Labels | None:
         """Labels as indices, (num,) int64, or None for a model without labels; see ``sample``."""
         if num is not None and num < 1:
             raise ShapeError(f"num {num}: expected at least 1")
@@ -149,6 +153,28 @@ class Sampler:
             raise ShapeError("labels: got none, expected at least one")
         return np.array([self.spec.label_index(label) for label in labels], np.int64)
 
+    def _stepped(
+        self, x: Array, label: Labels | None, rows: Array, drawn: Iterable[Array | None], done: Callable[[int], None]
+    ) -> Array:
+        """One call of the session for each row."""
+        self.session.begin(x, label)
+        for index, (row, z) in enumerate(zip(rows, drawn, strict=True)):
+            self.session.step(row, z)
+            done(index + 1)
+        return self.session.state()[0]
+
+    def _in_one_call(
+        self, x: Array, label: Labels | None, rows: Array, drawn: Iterable[Array | None], done: Callable[[int], None]
+    ) -> Array:
+        """One call for all rows, whose noise is held at once; a plan without noise needs none."""
+        if np.any(rows[:, NOISE]):
+            noise = np.stack([np.zeros_like(x) if z is None else z for z in drawn])
+        else:
+            noise = np.zeros((1, 1, *self.spec.shape), np.float32)
+        x = self.session.run(x, label, rows, noise)
+        done(len(rows))
+        return x
+
     def _drawn(self, seed: int, indices: range, rows: Array) -> Iterator[Array | None]:
         """The noise of each row, None where it adds none, drawn some rows at a time."""
         noisy = [k for k, row in enumerate(rows) if row[NOISE] != 0]
@@ -162,6 +188,10 @@ class Sampler:
                 ahead = [j for j in noisy if j >= k][:at_once]
                 ready = dict(zip(ahead, normal(seed, indices, [1 + j for j in ahead], self.spec.shape), strict=True))
             yield ready[k]
+
+
+def _counting(on_step: OnStep | None, before: int, total: int) -> Callable[[int], None]:
+    return (lambda rows: on_step(before + rows, total)) if on_step is not None else (lambda _rows: None)
 
 
 def _check_given(name: str, array: Array | None, expected: tuple[int, ...]) -> None:

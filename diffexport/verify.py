@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffexport.backends import open_session
-from diffexport.bundle import Bundle, Measurement
+from diffexport.bundle import Bundle, Measurement, Tensors
 from diffexport.errors import BackendError, BundleError, DiffexportError, PlanError
 from diffexport.parity import Progress, check_golden, compare, describe, scope_of
 from diffexport.plan import make_plan
@@ -97,16 +97,21 @@ def _plans(bundle: Bundle) -> Finding:
     """The ready-made plans are those of the manifest's schedule."""
     plans = bundle.plans()
     names = [name for name in plans if not name.endswith(".x_scale")]
-    try:
-        for name in names:
-            sampler, _, steps = name.rpartition(".")
-            plan = make_plan(bundle.spec, sampler, int(steps))
-            for found, expected in ((plans[name], plan.rows), (plans[f"{name}.x_scale"], np.array([plan.x_scale]))):
-                if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-6, atol=1e-7):
-                    return Finding("plans", False, f"plan {name} is not the one of this model's schedule; export again")
-    except (PlanError, KeyError, ValueError) as error:
-        return Finding("plans", False, f"plan {name} cannot be checked ({error}); export again")
+    for name in names:
+        try:
+            wrong = not _follows(bundle.spec, plans, name)
+        except (PlanError, KeyError, ValueError) as error:
+            return Finding("plans", False, f"plan {name} cannot be checked ({error}); export again")
+        if wrong:
+            return Finding("plans", False, f"plan {name} is not the one of this model's schedule; export again")
     return Finding("plans", True, f"{len(names)} plans follow from the schedule")
+
+
+def _follows(spec: ModelSpec, plans: Tensors, name: str) -> bool:
+    sampler, _, steps = name.rpartition(".")
+    plan = make_plan(spec, sampler, int(steps))
+    pairs = (plans[name], plan.rows), (plans[f"{name}.x_scale"], np.array([plan.x_scale]))
+    return all(a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in pairs)
 
 
 def golden_finding(bundle: Bundle, backend: str, module: torch.nn.Module | None = None) -> Finding:

@@ -1,12 +1,13 @@
 """Small networks with random weights, and bundles of them, for tests that need any model at all."""
 
-import diffexport
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import diffexport
 from diffexport.schedules import DEFAULT_SCHEDULES
 from diffexport.spec import ModelSpec
-from torch import nn
 
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from diffexport.backends import BACKENDS, open_session
 from diffexport.backends.onnxruntime import run_graph
 from diffexport.errors import BackendError

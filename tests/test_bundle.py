@@ -6,10 +6,21 @@ import shutil
 import subprocess
 import sys
 
-import diffexport
 import numpy as np
 import pytest
-from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, Bundle, entry_of, read_tensors, write_tensors
+
+import diffexport
+from diffexport.bundle import (
+    CERTIFICATE,
+    GOLDEN,
+    MANIFEST,
+    PLANS,
+    WEIGHTS,
+    Bundle,
+    entry_of,
+    read_tensors,
+    write_tensors,
+)
 from diffexport.errors import BundleError, DiffexportError, ExportError, ParityError, ShapeError
 from diffexport.files import replacing_file, replacing_folder
 from diffexport.verify import verify
@@ -48,7 +59,9 @@ def test_the_same_input_gives_the_same_bytes(toy, toy_bundle, tmp_path):
         f"diffexport.export(build().eval(), spec, {str(out)!r}, max_batch=4)\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
     for path in sorted(first.iterdir()):
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -143,7 +156,9 @@ def test_a_swapped_label_name_is_seen(toy_bundle, tmp_path):
     path = tmp_path / "names.diffx"
     shutil.copytree(toy_bundle("variance").path, path)
     manifest = path / MANIFEST
-    manifest.write_text(manifest.read_text().replace('"ant"', '"tmp"').replace('"bee"', '"ant"').replace('"tmp"', '"bee"'))
+    manifest.write_text(
+        manifest.read_text().replace('"ant"', '"tmp"').replace('"bee"', '"ant"').replace('"tmp"', '"bee"')
+    )
     findings = verify(path)
     assert failed(findings) == ["certificate"]
     assert "manifest was changed" in findings[1].detail
@@ -208,7 +223,9 @@ def test_a_failed_check_writes_no_bundle_and_says_how_far(toy, tmp_path, monkeyp
 
     monkeypatch.setattr(weights_module, "write_weights", corrupt)
     out = tmp_path / "bad.diffx"
-    with pytest.raises(ParityError, match=r"parity checks failed; the worst is .* at sigma .* relative L2 .*limit") as caught:
+    with pytest.raises(
+        ParityError, match=r"parity checks failed; the worst is .* at sigma .* relative L2 .*limit"
+    ) as caught:
         diffexport.export(*toy("plain"), out, max_batch=4)
     assert "No bundle was written" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +260,7 @@ def test_a_module_whose_batch_is_fixed_is_refused(toy, tmp_path):
             first, second = torch.cat([x, x]).chunk(2)  # the exporter's trap: a static batch without a word
             return self.inner(0.5 * (first + second), c_noise, label)
 
-    with pytest.raises(ExportError, match="batch of .* is fixed at 3"):
+    with pytest.raises(ExportError, match=r"batch of .* is fixed at 3"):
         diffexport.export(Fixed(), spec, tmp_path / "x.diffx")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diffexport.noise import normal, philox4x32
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "noise.json").read_text())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from diffexport.errors import DiffexportError, PlanError, ShapeError, SpecError
 from diffexport.plan import COLUMNS, GUIDANCE, Plan, make_plan, noise_levels, preconditioning, ready_plans, timesteps
 from diffexport.samplers import SAMPLERS
@@ -154,7 +155,13 @@ def test_ready_plans_hold_every_sampler_a_model_allows_and_what_was_asked_for():
     {"clip": 0.0},
 ])  # fmt: skip
 def test_impossible_specs_are_refused(facts):
-    good = {"family": "toy", "shape": (1, 4, 4), "prediction": "eps", "schedule": DEFAULT_SCHEDULES["ddpm"], "num_classes": 2}
+    good = {
+        "family": "toy",
+        "shape": (1, 4, 4),
+        "prediction": "eps",
+        "schedule": DEFAULT_SCHEDULES["ddpm"],
+        "num_classes": 2,
+    }
     with pytest.raises(SpecError):
         ModelSpec(**{**good, **facts})
 

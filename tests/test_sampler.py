@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from diffexport.errors import BackendError, PlanError, ShapeError
 from diffexport.noise import normal
 from diffexport.sampler import Sampler
@@ -23,7 +24,7 @@ def test_a_sample_depends_on_seed_and_index_alone(toy_bundle, sampler):
 
 @pytest.mark.parametrize("name", ["plain", "variance", "flow", "points"])
 def test_backends_agree_over_a_whole_run(toy, toy_bundle, name):
-    bundle, (module, spec) = toy_bundle(name), toy(name)
+    bundle, (module, _) = toy_bundle(name), toy(name)
     samplers = [n for n, s in SAMPLERS.items() if s.flow or name != "flow"]
     for sampler in samplers:
         runs = [
@@ -31,6 +32,22 @@ def test_backends_agree_over_a_whole_run(toy, toy_bundle, name):
             for backend, options in (("ort", {}), ("torch", {"module": module}))
         ]
         np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-4 * np.abs(runs[0]).max())
+
+
+@pytest.mark.parametrize("name", ["plain", "variance", "flow", "points"])
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+def test_the_loop_in_one_call_agrees_with_the_steps(toy, toy_bundle, name, backend):
+    """Deterministic and stochastic samplers, with guidance, without, and on an interval; batches that do not divide."""
+    s = toy_bundle(name).sampler(backend, **({"module": toy(name)[0]} if backend == "torch" else {}))
+    guided = {"guidance_scale": 2.5} if s.spec.conditional else {}
+    interval = {"guidance_interval": (0.1, 0.8) if name == "flow" else (0.3, 5.0)} if s.spec.conditional else {}
+    for sampler in ("ddim", "heun") if name == "flow" else ("ddim", "ddpm", "dpmpp-2m-sde"):
+        for more in ({}, guided, guided | interval):
+            settings = dict(num=5, steps=10, sampler=sampler, batch=2, seed=3, **more)
+            expected = s.sample(**settings)
+            np.testing.assert_allclose(
+                s.sample(**settings, one_call=True), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+            )
 
 
 def test_given_noise_replaces_the_seed(toy_bundle):

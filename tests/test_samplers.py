@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from diffexport.plan import COLUMNS, Plan, make_plan, noise_levels
 from diffexport.samplers import SAMPLERS
 from diffexport.schedules import DEFAULT_SCHEDULES

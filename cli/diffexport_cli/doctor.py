@@ -42,7 +42,9 @@ def doctor(
         return
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for finding in findings:
-        print(f"{'ok  ' if finding['works'] else '--  '}  {finding['backend']:<8} {finding['runs']}: {finding['detail']}")
+        print(
+            f"{'ok  ' if finding['works'] else '--  '}  {finding['backend']:<8} {finding['runs']}: {finding['detail']}"
+        )
 
 
 def _problem(name: str) -> str | None:

@@ -46,7 +46,8 @@ def inspect(
         "schedule": f"{spec.schedule.kind}, {len(sigmas)} levels, {level} {sigmas[0]:.4g} to {sigmas[-1]:.4g}",
         "guidance": f"on {guided}" if spec.conditional else "none",
         "default run": f"{manifest.defaults.sampler}, {manifest.defaults.steps} steps, "
-        f"guidance {manifest.defaults.guidance_scale:g}, batch {manifest.defaults.batch} (checked up to {manifest.max_batch})",
+        f"guidance {manifest.defaults.guidance_scale:g}, batch {manifest.defaults.batch} "
+        f"(checked up to {manifest.max_batch})",
         "plans": "; ".join(f"{name} {', '.join(sorted(steps, key=int))}" for name, steps in samplers.items()),
         "parity": f"{len(certificate.measurements)} comparisons with PyTorch on {certificate.backend}, "
         + ("all hold" if certificate.passed else "NOT ALL HOLD"),

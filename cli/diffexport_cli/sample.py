@@ -18,13 +18,18 @@ def sample(
     bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
     backend: Annotated[str, typer.Option(help="What runs the network; `diffx doctor` lists them.")] = "ort",
     labels: Annotated[
-        str | None, typer.Option(help="Labels, by number or name: 3,1,4 or 0-9 or all.  [default: 0, 1, 2, ... in turn]")
+        str | None,
+        typer.Option(help="Labels, by number or name: 3,1,4 or 0-9 or all.  [default: 0, 1, 2, ... in turn]"),
     ] = None,
     num: Annotated[int | None, typer.Option(help="How many samples.  [default: one a label, else 16]")] = None,
-    per_label: Annotated[int | None, typer.Option(help="How many samples of each label; the PNG has a column a label.")] = None,
+    per_label: Annotated[
+        int | None, typer.Option(help="How many samples of each label; the PNG has a column a label.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="The sampler; `diffx plan --list` lists them.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance weight w of uncond + w*(cond - uncond); 1 is off.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance weight w of uncond + w*(cond - uncond); 1 is off.")
+    ] = None,
     guidance_interval: Annotated[
         str | None, typer.Option(help="Guide only where sigma lies in LOW:HIGH.", metavar="LOW:HIGH")
     ] = None,
@@ -39,6 +44,7 @@ def sample(
     batch: Annotated[int | None, typer.Option(help="How many are drawn at once.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the ort backend.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint, for the torch backend.")] = None,
+    one_call: Annotated[bool, typer.Option(help="Run the whole loop inside the graph, in one call a batch.")] = False,
     out: Annotated[Path | None, typer.Option(help="The PNG to write.  [default: the bundle's name with .png]")] = None,
     npz: Annotated[Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32 and labels.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -56,7 +62,10 @@ def sample(
     plan = opened.plan(sampler, steps, guidance_scale, **options)
     if out is None and npz is None:
         out = Path(f"{opened.manifest.name}.png")
-    with progress_bar("sampling") as progress, opened.sampler(backend, **_backend_options(backend, checkpoint, threads)) as s:
+    with (
+        progress_bar("sampling") as progress,
+        opened.sampler(backend, **_backend_options(backend, checkpoint, threads)) as s,
+    ):
         started = time.perf_counter()
         x = s.sample(
             wanted,
@@ -65,12 +74,15 @@ def sample(
             seed=seed,
             first=first,
             batch=batch,
+            one_call=one_call,
             on_step=lambda done, total: progress("sampling", done / total),
         )
         seconds = time.perf_counter() - started
         device = s.session.device
     indices = None if wanted is None else [opened.spec.label_index(label) for label in wanted]
-    written = _write(opened.spec, x, indices, out, npz, columns=len(wanted) // per_label if wanted and per_label else None)
+    written = _write(
+        opened.spec, x, indices, out, npz, columns=len(wanted) // per_label if wanted and per_label else None
+    )
     result: dict[str, Any] = {
         "samples": len(x),
         "backend": backend,
@@ -168,5 +180,7 @@ def _write(
                 np.savez(file, x=x, **({} if labels is None else {"labels": np.array(labels, np.int64)}))
             written.append(str(npz))
     except OSError as error:
-        raise DiffexportError(f"{error.filename or out or npz}: cannot be written ({error.strerror or error})") from error
+        raise DiffexportError(
+            f"{error.filename or out or npz}: cannot be written ({error.strerror or error})"
+        ) from error
     return written

@@ -14,7 +14,9 @@ def verify(
     bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
     backend: Annotated[str, typer.Option(help="Backend to run the golden cases on, or all.")] = "ort",
     against: Annotated[Path | None, typer.Option(help="The checkpoint to compare with.", metavar="CKPT")] = None,
-    thorough: Annotated[bool, typer.Option(help="With --against: whole runs at every batch, for large models too.")] = False,
+    thorough: Annotated[
+        bool, typer.Option(help="With --against: whole runs at every batch, for large models too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check files, certificate, plans and golden cases; exit status 0 only where every check holds.
@@ -44,6 +46,8 @@ def verify(
     else:
         for finding in findings:
             print(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
-        print(f"{path}: every check holds" if passed else f"{path}: {sum(not f.passed for f in findings)} checks FAILED")
+        print(
+            f"{path}: every check holds" if passed else f"{path}: {sum(not f.passed for f in findings)} checks FAILED"
+        )
     if not passed:
         raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnxruntime
@@ -27,7 +27,7 @@ def open_session(bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeSe
     Args:
         threads: threads of one operator; every core that this process may use where not given.
     """
-    return OnnxRuntimeSession(bundle.spec, bundle.graph("step"), bundle.graph("step_plain"), threads=threads)
+    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads)
 
 
 def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -83,9 +83,9 @@ class OnnxRuntimeSession:
     backend = "ort"
     device = "CPU"
 
-    def __init__(self, spec: ModelSpec, step: Path, step_plain: Path, *, threads: int | None = None) -> None:
+    def __init__(self, spec: ModelSpec, folder: Path, *, threads: int | None = None) -> None:
         self._spec = spec
-        self._paths = {"step": step, "step_plain": step_plain}
+        self._folder = folder
         self._threads = threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._state: _State | None = None
@@ -112,6 +112,11 @@ class OnnxRuntimeSession:
         self._sessions[name].run_with_iobinding(state.bindings[name][state.current])
         state.current = 1 - state.current
 
+    def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
+        feeds = {"x_init": x, "plan": rows, "noise": noise} | ({} if label is None else {"label": label})
+        (result,) = self._session("sampler").run(["x"], feeds)
+        return cast(Array, result)
+
     def state(self) -> tuple[Array, Array]:
         state = self._begun()
         return state.x[state.current].copy(), state.h[state.current].copy()
@@ -126,7 +131,7 @@ class OnnxRuntimeSession:
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         if name not in self._sessions:
-            self._sessions[name] = load_graph(self._paths[name], self._threads)
+            self._sessions[name] = load_graph(self._folder / f"{name}.onnx", self._threads)
         return self._sessions[name]
 
 

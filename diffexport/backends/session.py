@@ -29,6 +29,16 @@ class Session(Protocol):
         """Apply one row, (13,) float32; z (B, *shape) where the row adds noise, and else not looked at."""
         ...
 
+    def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
+        """A whole plan in one call, (B, *shape); the state of ``begin`` and ``step`` is left alone.
+
+        Args:
+            x: (B, *shape) start of the state.
+            rows: (rows, 13) float32.
+            noise: (rows, B, *shape), or (1, 1, *shape) where no row adds noise.
+        """
+        ...
+
     def state(self) -> tuple[Array, Array]:
         """Copies of x and h on the host."""
         ...

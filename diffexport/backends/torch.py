@@ -87,6 +87,15 @@ class TorchSession:
         out: torch.Tensor = self._network(*args)
         return out
 
+    def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
+        kept = self._x, self._h, self._label
+        self.begin(x, label)
+        for index, row in enumerate(rows):
+            self.step(row, noise[index % len(noise)])
+        result = self.state()[0]
+        self._x, self._h, self._label = kept
+        return result
+
     def state(self) -> tuple[Array, Array]:
         return self._x.numpy().copy(), self._h.numpy().copy()
 

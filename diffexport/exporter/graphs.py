@@ -23,51 +23,78 @@ IR_VERSION = 10
 
 
 class GraphBuilder:
-    """Operators and constants in order, each call returning the name of its result."""
+    """Operators and constants in order, each call returning the name of its result.
 
-    def __init__(self) -> None:
+    A builder of a subgraph, made by ``inner``, keeps its constants in the outermost graph, and puts its scope before the
+    names of its values, so that every name is unique.
+    """
+
+    def __init__(self, scope: str = "", constants: list[onnx.TensorProto] | None = None) -> None:
+        self.scope = scope
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+        self.constants: list[onnx.TensorProto] = [] if constants is None else constants
+
+    def inner(self, scope: str) -> GraphBuilder:
+        """A builder for a subgraph of this graph."""
+        return GraphBuilder(f"{self.scope}{scope}.", self.constants)
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, name: str | None = None, **attributes: Any) -> Any:
         """Append an operator; its result's name, or a tuple of names for several outputs."""
+        index = len(self.nodes)
+        names = [name] if name else [f"{self.scope}{kind.lower()}.{index}.{k}" for k in range(outputs)]
+        self.add(kind, list(inputs), names, **attributes)
+        return names[0] if outputs == 1 else tuple(names)
+
+    def add(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+        """Append an operator whose outputs are named."""
         from onnx import helper
 
-        index = len(self.nodes)
-        names = [name] if name else [f"{kind.lower()}.{index}.{k}" for k in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{index}.{kind}", **attributes))
-        return names[0] if outputs == 1 else tuple(names)
+        name = f"{self.scope}{len(self.nodes)}.{kind}"
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
         """A small constant kept in the graph."""
         from onnx import numpy_helper
 
-        name = f"constant.{len(self.initializers)}"
-        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        name = f"constant.{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
-    def model(self, name: str, inputs: list[Any], outputs: list[Any], network: onnx.GraphProto) -> onnx.ModelProto:
-        """A model of these nodes and the network's weights."""
+    def network(self, network: onnx.GraphProto, feeds: dict[str, str]) -> str:
+        """The network's nodes, its inputs replaced by ``feeds``; the name of its output."""
+        import onnx
+
+        shared = {weight.name for weight in network.initializer} | {""}
+
+        def renamed(name: str) -> str:
+            return feeds.get(name) or (name if name in shared else self.scope + name)
+
+        for node in network.node:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = self.scope + node.name
+            copy.input[:] = [renamed(name) for name in node.input]
+            copy.output[:] = [renamed(name) for name in node.output]
+            self.nodes.append(copy)
+        return renamed(network.output[0].name)
+
+    def graph(self, name: str, inputs: list[Any], outputs: list[Any]) -> onnx.GraphProto:
+        """A subgraph of these nodes."""
         from onnx import helper
 
-        graph = helper.make_graph(self.nodes, name, inputs, outputs, [*network.initializer, *self.initializers])
+        return helper.make_graph(self.nodes, name, inputs, outputs)
+
+    def model(self, name: str, inputs: list[Any], outputs: list[Any], network: onnx.GraphProto) -> onnx.ModelProto:
+        """A model of these nodes, the network's weights and the constants."""
+        from onnx import helper
+
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, [*network.initializer, *self.constants])
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
             producer_name="diffexport",
             ir_version=IR_VERSION,
         )
-
-    def network(self, network: onnx.GraphProto, feeds: dict[str, str]) -> str:
-        """The network's nodes, its inputs replaced by ``feeds``; the name of its output."""
-        import onnx
-
-        for node in network.node:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.input[:] = [feeds.get(name, name) for name in node.input]
-            self.nodes.append(copy)
-        return str(network.output[0].name)
 
 
 def step_graph(network: onnx.GraphProto, spec: ModelSpec, *, guided: bool) -> onnx.ModelProto:
@@ -76,24 +103,41 @@ def step_graph(network: onnx.GraphProto, spec: ModelSpec, *, guided: bool) -> on
     ``label`` is an input of models with labels only.
     """
     b = GraphBuilder()
-    r = dict(zip(COLUMNS, b.op("Split", "row", outputs=len(COLUMNS), axis=0, num_outputs=len(COLUMNS)), strict=True))
-    x_in = b.op("Mul", "x", r["c_in"])  # (B, *shape)
-    size = b.op("Shape", "x", start=0, end=1)
+    apply_row(b, network, spec, "row", "z", ("x", "h"), ("x_next", "h_next"), guided=guided)
+    inputs = [
+        *(tensor(name, [BATCH, *spec.shape]) for name in ("x", "h", "z")),
+        *([tensor("label", [BATCH], "INT64")] if spec.conditional else []),
+        tensor("row", [len(COLUMNS)]),
+    ]
+    outputs = [tensor(name, [BATCH, *spec.shape]) for name in ("x_next", "h_next")]
+    return b.model("step" if guided else "step_plain", inputs, outputs, network)
+
+
+def apply_row(
+    b: GraphBuilder,
+    network: onnx.GraphProto,
+    spec: ModelSpec,
+    row: str,
+    z: str,
+    state: tuple[str, str],
+    following: tuple[str, str],
+    *,
+    guided: bool,
+) -> None:
+    """The definition of ``diffexport.plan`` for one row: from the state (x, h) to the following one, by name."""
+    x, h = state
+    r = dict(zip(COLUMNS, b.op("Split", row, outputs=len(COLUMNS), axis=0, num_outputs=len(COLUMNS)), strict=True))
+    x_in = b.op("Mul", x, r["c_in"])  # (B, *shape)
+    size = b.op("Shape", x, start=0, end=1)
     c_noise = b.op("Expand", r["c_noise"], size)  # (B,)
     out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided)
-    denoised = _denoised(b, spec, "x", r["c_skip"], r["c_out"], out)
+    denoised = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
 
-    noise = b.op("Mul", r["x_z"], "z")
+    noise = b.op("Mul", r["x_z"], z)
     if log_variance is not None:
         noise = b.op("Mul", b.op("Exp", b.op("Mul", r["v_z"], log_variance)), noise)
-    _weighted_sum(b, "x_next", [(r["x_x"], "x"), (r["x_d"], denoised), (r["x_h"], "h")], plus=noise)
-    _weighted_sum(b, "h_next", [(r["h_x"], "x"), (r["h_d"], denoised), (r["h_h"], "h")])
-
-    state = [_tensor(name, [BATCH, *spec.shape]) for name in ("x", "h", "z")]
-    label = [_tensor("label", [BATCH], "INT64")] if spec.conditional else []
-    outputs = [_tensor(name, [BATCH, *spec.shape]) for name in ("x_next", "h_next")]
-    name = "step" if guided else "step_plain"
-    return b.model(name, [*state, *label, _tensor("row", [len(COLUMNS)])], outputs, network)
+    _weighted_sum(b, following[0], [(r["x_x"], x), (r["x_d"], denoised), (r["x_h"], h)], plus=noise)
+    _weighted_sum(b, following[1], [(r["h_x"], x), (r["h_d"], denoised), (r["h_h"], h)])
 
 
 def denoiser_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
@@ -115,10 +159,10 @@ def denoiser_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto
     c_skip, c_out = _preconditioning(b, spec, sigma, alpha_bar, one)
     _denoised(b, spec, "x", c_skip, c_out, out, name="denoised")
 
-    inputs = [_tensor("x", [BATCH, *spec.shape]), _tensor("sigma", [BATCH])]
+    inputs = [tensor("x", [BATCH, *spec.shape]), tensor("sigma", [BATCH])]
     if spec.conditional:
-        inputs += [_tensor("label", [BATCH], "INT64"), _tensor("guidance", [BATCH])]
-    return b.model("denoiser", inputs, [_tensor("denoised", [BATCH, *spec.shape])], network)
+        inputs += [tensor("label", [BATCH], "INT64"), tensor("guidance", [BATCH])]
+    return b.model("denoiser", inputs, [tensor("denoised", [BATCH, *spec.shape])], network)
 
 
 def _guided_output(
@@ -132,7 +176,7 @@ def _guided_output(
         out = b.network(network, feeds)
         return (_channels(b, out, 0, channels), _channels(b, out, channels, total)) if total > channels else (out, None)
     assert w is not None
-    size = b.op("Shape", "x", start=0, end=1)
+    size = b.op("Shape", "label", start=0, end=1)
     null = b.op("Expand", b.constant([spec.null_label], np.int64), size)
     feeds = {
         "net.x": b.op("Concat", x_in, x_in, axis=0),  # (2B, *shape)
@@ -199,7 +243,8 @@ def _weighted_sum(b: GraphBuilder, name: str, terms: list[tuple[str, str]], plus
         total = b.op("Add", total, product, name=name if index == len(products) - 2 else None)
 
 
-def _tensor(name: str, shape: list[Any], kind: str = "FLOAT") -> onnx.ValueInfoProto:
+def tensor(name: str, shape: list[Any], kind: str = "FLOAT") -> onnx.ValueInfoProto:
+    """A graph's input or output."""
     from onnx import TensorProto, helper
 
     return helper.make_tensor_value_info(name, getattr(TensorProto, kind), shape)

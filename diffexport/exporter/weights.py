@@ -41,7 +41,7 @@ def write_weights(model: onnx_ir.Model, path: Path) -> onnx.GraphProto:
                 offset,
                 tensor.nbytes,
                 tensor.dtype,
-                shape=onnx_ir.Shape(tensor.shape),
+                shape=onnx_ir.Shape(tensor.numpy().shape),
                 name=name,
                 base_dir=path.parent,
             )

@@ -76,6 +76,7 @@ def export(
         ParityError: the bundle differs from the module by more than its precision allows.
     """
     from diffexport.exporter.graphs import denoiser_graph, step_graph
+    from diffexport.exporter.loop import sampler_graph
     from diffexport.exporter.trace import trace_network
     from diffexport.exporter.weights import write_weights
 
@@ -101,6 +102,7 @@ def export(
                 "step": step_graph(network, spec, guided=True),
                 "step_plain": step_graph(network, spec, guided=False),
                 "denoiser": denoiser_graph(network, spec),
+                "sampler": sampler_graph(network, spec),
             }
             for name, graph in graphs.items():
                 (work / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
@@ -156,7 +158,7 @@ def _certify(
     write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults))
     parameters = sum(p.numel() for p in module.parameters())
     scope = scope_of(parameters, defaults.batch, max_batch, thorough)
-    candidate = OnnxRuntimeSession(spec, work / "step.onnx", work / "step_plain.onnx")
+    candidate = OnnxRuntimeSession(spec, work)
     measurements = compare(
         reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.45 + 0.5 * part)
     )

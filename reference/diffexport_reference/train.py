@@ -6,7 +6,6 @@ file ends with the same weights as one that was never interrupted, and no genera
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -14,76 +13,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffexport.errors import CheckpointError, DiffexportError
 from diffexport.files import replacing_file
-from diffexport.schedules import DEFAULT_SCHEDULES, Schedule, schedule_sigmas
-from diffexport.spec import ModelSpec, Prediction
+from diffexport.schedules import schedule_sigmas
+from diffexport.spec import ModelSpec
 from diffexport_reference.checkpoints import save_checkpoint
-from diffexport_reference.data import Layout, LoadedData, load_data
-from diffexport_reference.networks import Network, build_network
+from diffexport_reference.data import LoadedData, load_data
+from diffexport_reference.recipe import Network, TrainConfig, build_network, level_weights, plain_config, require
 
-Model = Literal["dit", "unet", "mlp", "ideal"]
 REPORT_EVERY = 10
 LOG_EVERY = 50
 STATE_FORMAT = "diffexport.training"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides the weights. Two runs of one configuration on one machine end with the same ones."""
-
-    data: str
-    """A name or path as ``load_data`` takes it."""
-    model: Model = "dit"
-    width: int | None = None
-    """Width of the network (channels of the U-Net's first level); None takes the model's own."""
-    depth: int | None = None
-    """Blocks of a DiT, residual blocks a level of a U-Net, hidden layers of an MLP; None takes the model's own."""
-    heads: int = 4
-    patch_size: int = 2
-    channel_mult: tuple[int, ...] = (1, 2, 2)
-    """Width of each level of a U-Net, in units of ``width``."""
-    prediction: Prediction = "v"
-    scaled: bool = True
-    schedule: Schedule = DEFAULT_SCHEDULES["loglinear"]
-    steps: int | None = None
-    epochs: int | None = None
-    """Either of the two; 3,000 steps without."""
-    batch_size: int = 128
-    """Samples a step, over all processes."""
-    lr: float = 2e-3
-    """Largest learning rate, reached after ``warmup`` steps and taken to 0 along a cosine."""
-    warmup: int = 100
-    weight_decay: float = 0.0
-    ema: float = 0.999
-    """Decay of the averaged weights that are kept; smaller in the first steps."""
-    label_dropout: float = 0.1
-    """How often a label is replaced by the null label of guidance."""
-    seed: int = 0
-    half: bool = False
-    """Store the weights as float16."""
-    image_size: int | None = None
-    layout: Layout | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.steps is None or self.epochs is None, "steps and epochs: give one of the two")
-        for name in ("width", "depth", "steps", "epochs", "heads", "patch_size", "batch_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} {value}: expected at least 1")
-        _require(self.warmup >= 0, f"warmup {self.warmup}: expected 0 or more steps")
-        _require(math.isfinite(self.lr) and self.lr > 0, f"lr {self.lr}: expected a number above 0")
-        _require(0 <= self.weight_decay < math.inf, f"weight decay {self.weight_decay}: expected 0 or more")
-        _require(0 <= self.ema < 1, f"ema {self.ema}: expected a decay in [0, 1)")
-        _require(0 <= self.label_dropout < 1, f"label dropout {self.label_dropout}: expected 0 or more, below 1")
-        _require(self.seed >= 0, f"seed {self.seed}: expected 0 or more")
-        _require(not (self.scaled and self.prediction == "flow"), "scaled: a flow model's input is never scaled")
 
 
 @dataclass(frozen=True)
@@ -141,9 +87,9 @@ def train(
     """
     out = Path(out)
     state_path = out.with_name(out.name + ".state")
-    _require(save_every >= 1, f"save every {save_every}: expected at least 1 step")
-    _require(threads is None or threads >= 1, f"threads {threads}: expected at least 1")
-    _require(not out.is_dir(), f"{out}: is a folder; give the name of a file")
+    require(save_every >= 1, f"save every {save_every}: expected at least 1 step")
+    require(threads is None or threads >= 1, f"threads {threads}: expected at least 1")
+    require(not out.is_dir(), f"{out}: is a folder; give the name of a file")
     if threads is not None:
         torch.set_num_threads(threads)
     data = load_data(config.data, image_size=config.image_size, layout=config.layout)
@@ -151,7 +97,7 @@ def train(
     if out.exists() and not state_path.exists() and not restart:
         raise DiffexportError(f"{out}: is there already; give --restart to train it again, or another --out")
     accelerator.wait_for_everyone()  # all have looked before one of them writes
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_key(config.seed))
         config, network = build_network(config, data)
         run = _Run(config, data, network, accelerator, state_path)
@@ -203,6 +149,8 @@ class _Run:
         self.main: bool = accelerator.is_main_process
         self.total = 0 if config.model == "ideal" else config.steps or 0
         self.sigmas = torch.tensor(schedule_sigmas(config.schedule), dtype=torch.float32)  # (levels,)
+        weights = level_weights(schedule_sigmas(config.schedule), config.noise_density or "schedule")
+        self.up_to = torch.tensor(np.cumsum(weights))  # (levels,): how often a level up to this one is drawn
         self.module.to(accelerator.device)
         self.averaged = [p.detach().clone() for p in self.module.parameters()]
         if self.total == 0:
@@ -252,12 +200,13 @@ class _Run:
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """This process's samples (B, *shape), noise levels (B, 1, ...), noise and labels (B,) of a step.
 
-        The levels of a batch lie evenly over the schedule, from a random start: Kingma et al. 2021 (VDM), section I.1.
+        The levels of a batch lie evenly over their distribution, from a random start: Kingma et al. 2021 (VDM),
+        section I.1.
         """
         batch, processes = self.config.batch_size, self.accelerator.num_processes
         share = torch.arange(batch).chunk(processes)[self.accelerator.process_index]
         start = torch.rand((), generator=torch.Generator().manual_seed(_key(self.config.seed, step)))
-        levels = (((share + start) / batch) * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
+        levels = torch.searchsorted(self.up_to, (share + start.double()) / batch).clamp(max=len(self.sigmas) - 1)
         torch.manual_seed(_key(self.config.seed, step, self.accelerator.process_index))
         x0, labels = self.data.batch(self._indices(step * batch + share))
         sigma = self.sigmas[levels].reshape(-1, *[1] * (x0.ndim - 1))
@@ -376,12 +325,6 @@ class _Log:
                 file.write(json.dumps(values) + "\n")
 
 
-def plain_config(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain numbers, strings and lists."""
-    plain: dict[str, Any] = msgspec.to_builtins(dataclasses.asdict(config))
-    return plain
-
-
 def _head(config: TrainConfig, data: LoadedData, network: Network, processes: int, command: str) -> dict[str, Any]:
     return {
         "command": command,
@@ -416,8 +359,3 @@ def _stored(state: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
 def _key(*numbers: int) -> int:
     """A well-mixed 63-bit seed from several small numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise DiffexportError(message)

@@ -1,0 +1,63 @@
+"""The whole sampler as one graph: an ONNX Loop whose body applies one row of the plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffexport.exporter.graphs import GraphBuilder, apply_row, tensor
+from diffexport.exporter.trace import BATCH
+from diffexport.plan import COLUMNS, GUIDANCE
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def sampler_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
+    """(x_init, label, plan, noise) -> x: every row of the plan applied, the number of rows decided when it runs.
+
+    x_init (B, *shape) is the start of the state, x_scale times unit noise; plan (rows, 13); noise (rows, B, *shape), or
+    (1, 1, *shape) of anything finite for a plan that adds none. Rows with w = 1 evaluate the network once, not twice.
+    """
+    b = GraphBuilder()
+    rows = b.op("Shape", "plan", start=0, end=1)
+    rows = b.op("Squeeze", rows, b.constant([0], np.int64))
+    zero = b.op("Expand", b.constant(0.0), b.op("Shape", "x_init"))
+    body = _body(b.inner("body"), network, spec)
+    b.add("Loop", [rows, "", "x_init", zero], ["x", "h_last"], body=body)
+    inputs = [
+        tensor("x_init", [BATCH, *spec.shape]),
+        *([tensor("label", [BATCH], "INT64")] if spec.conditional else []),
+        tensor("plan", ["rows", len(COLUMNS)]),
+        tensor("noise", ["noise_rows", "noise_batch", *spec.shape]),
+    ]
+    return b.model("sampler", inputs, [tensor("x", [BATCH, *spec.shape])], network)
+
+
+def _body(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> onnx.GraphProto:
+    """(i, going, x, h) -> (going, x', h')."""
+    scope = b.scope
+    i, going, x, h = (scope + name for name in ("i", "going", "x", "h"))
+    row = b.op("Gather", "plan", i, axis=0)  # (13,)
+    axis = b.constant([0], np.int64)
+    noise_rows = b.op("Squeeze", b.op("Shape", "noise", start=0, end=1), axis)
+    z = b.op("Gather", "noise", b.op("Mod", i, noise_rows), axis=0)  # (B or 1, *shape)
+    following = (scope + "x_next", scope + "h_next")
+    if spec.conditional:
+        w = b.op("Gather", row, b.constant(GUIDANCE, np.int64), axis=0)
+        branches = {}
+        for name, guided in (("then_branch", False), ("else_branch", True)):
+            branch = b.inner(name.removesuffix("_branch"))
+            ends = (branch.scope + "x_next", branch.scope + "h_next")
+            apply_row(branch, network, spec, row, z, (x, h), ends, guided=guided)
+            branches[name] = branch.graph(name, [], [tensor(end, [BATCH, *spec.shape]) for end in ends])
+        b.add("If", [b.op("Equal", w, b.constant(1.0))], list(following), **branches)
+    else:
+        apply_row(b, network, spec, row, z, (x, h), following, guided=False)
+    b.add("Identity", [b.constant(True, np.bool_)], [scope + "going_on"])  # TensorRT does not give a body its condition
+    state = [tensor(name, [BATCH, *spec.shape]) for name in (x, h)]
+    inputs = [tensor(i, [], "INT64"), tensor(going, [], "BOOL"), *state]
+    outputs = [tensor(scope + "going_on", [], "BOOL"), *(tensor(end, [BATCH, *spec.shape]) for end in following)]
+    return b.graph("body", inputs, outputs)
