@@ -157,13 +157,13 @@ def mixing_row(spec: ModelSpec, sigma: float, w: float) -> Array:
         "x_h": -0.4,
         "x_z": 0.3,
         "v_z": 0.2,
-        "h_x": 0.5,
+        "h_x": 0.5 / max(sigma, 1.0),
         "h_d": -0.6,
         "h_h": 0.8,
     }
     for name, value in mixing.items():
         row[COLUMNS.index(name)] = value
-    return row.astype(np.float32)
+    return np.asarray(row, np.float32)
 
 
 def run_plan(session: Session, spec: ModelSpec, plan: Plan, labels: NDArray[np.int64] | None, batch: int) -> Array:

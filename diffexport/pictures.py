@@ -17,7 +17,7 @@ Array = NDArray[np.float32]
 TILE = 64
 """Samples with a shorter side are enlarged by a whole factor to about this many pixels."""
 _GAP, _CAPTION = 4, 16
-_PAPER, _INK = 255, (40, 40, 40)
+_PAPER, _INK = 240, (40, 40, 40)
 
 
 def to_pixels(x: Array) -> NDArray[np.uint8]:

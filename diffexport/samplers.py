@@ -145,23 +145,34 @@ def lms_2(sigmas: Sequence[float]) -> list[Update]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by name: its function, the options it takes with their defaults, and where it holds."""
+    """A sampler by name.
 
+    Attributes:
+        about: what it is, in one line for people.
+        rows: its function.
+        options: the numbers that its user may set, with their defaults.
+        fixed: the numbers that make it this member of a family.
+        flow: whether it also holds for flow models; those that add noise, or solve for log sigma, are derived for
+            x0 + sigma*eps alone.
+    """
+
+    about: str
     rows: Callable[..., list[Update]]
     options: dict[str, float] = field(default_factory=dict)
     fixed: dict[str, float] = field(default_factory=dict)
     flow: bool = True
-    """Whether it also holds for flow models; those that add noise are derived for x0 + sigma*eps alone."""
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, {"eta": 0.0}),
-    "ddpm": Sampler(ddim, fixed={"eta": 1.0}, flow=False),
-    "euler": Sampler(ddim, fixed={"eta": 0.0}),
-    "euler-ancestral": Sampler(ddim, {"eta": 1.0}, flow=False),
-    "heun": Sampler(heun),
-    "dpmpp-2m": Sampler(dpmpp_2m, flow=False),
-    "dpmpp-2m-sde": Sampler(dpmpp_2m_sde, {"eta": 1.0}, flow=False),
-    "lms-2": Sampler(lms_2),
-    "accelerated": Sampler(accelerated, {"gam": 2.0, "mu": 0.0}),
+    "ddim": Sampler("first order; eta above 0 adds noise", ddim, {"eta": 0.0}),
+    "ddpm": Sampler("the stochastic ancestor of all; wants many steps", ddim, fixed={"eta": 1.0}, flow=False),
+    "euler": Sampler("first order on the probability flow; the same as ddim without noise", ddim, fixed={"eta": 0.0}),
+    "euler-ancestral": Sampler("euler with noise put back after each step", ddim, {"eta": 1.0}, flow=False),
+    "heun": Sampler("second order, two evaluations a step", heun),
+    "dpmpp-2m": Sampler("DPM-Solver++, second order, one evaluation a step", dpmpp_2m, flow=False),
+    "dpmpp-2m-sde": Sampler("DPM-Solver++, second order, with noise", dpmpp_2m_sde, {"eta": 1.0}, flow=False),
+    "lms-2": Sampler("linear multistep, second order, one evaluation a step", lms_2),
+    "accelerated": Sampler(
+        "smalldiffusion's extrapolation of the last two steps", accelerated, {"gam": 2.0, "mu": 0.0}
+    ),
 }

@@ -55,7 +55,7 @@ DEFAULT_SCHEDULES: dict[str, Schedule] = {}
 def _sigmas_from_betas(betas: Array) -> Array:
     """sqrt(1/alpha_bar - 1), written so that small betas keep their digits."""
     log_alpha_bar = np.cumsum(np.log1p(-betas))  # (N,)
-    return np.sqrt(np.expm1(-log_alpha_bar))
+    return np.asarray(np.sqrt(np.expm1(-log_alpha_bar)))
 
 
 def _ddpm(s: Schedule) -> Array:

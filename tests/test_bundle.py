@@ -23,7 +23,7 @@ from diffexport.bundle import (
 )
 from diffexport.errors import BundleError, DiffexportError, ExportError, ParityError, ShapeError
 from diffexport.files import replacing_file, replacing_folder
-from diffexport.verify import verify
+from diffexport.verification import verify
 
 
 @pytest.fixture

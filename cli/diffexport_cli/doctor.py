@@ -62,7 +62,7 @@ def _problem(name: str) -> str | None:
 
 def _golden(bundle: Path, name: str, detail: str) -> dict[str, Any]:
     from diffexport.bundle import Bundle
-    from diffexport.verify import golden_finding
+    from diffexport.verification import golden_finding
 
     finding = golden_finding(Bundle.open(bundle), name)
     return {"works": finding.passed, "detail": f"{detail}; {finding.name}: {finding.detail}"}

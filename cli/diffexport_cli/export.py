@@ -14,7 +14,9 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="The checkpoint: .pt, .pth, .bin or .safetensors.", metavar="CKPT")
     ],
-    out: Annotated[Path | None, typer.Option(help="The bundle to write.  [default: CKPT's name with .diffx]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The bundle to write.", show_default="CKPT's name with .diffx")
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch that is checked.", metavar="B")] = 16,
     sampler: Annotated[str, typer.Option(help="Default sampler of the bundle.")] = "ddim",
     steps: Annotated[int, typer.Option(help="Default number of steps.")] = 20,

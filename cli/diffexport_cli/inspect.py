@@ -9,7 +9,9 @@ import typer
 
 
 def inspect(
-    bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print manifest and certificate as JSON.")] = False,
 ) -> None:
     """Show what a bundle holds: the model, its files, its plans, and what was measured of it.

@@ -9,7 +9,9 @@ import typer
 
 
 def plan(
-    bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="The sampler.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance weight; 1 is off.")] = None,
@@ -29,8 +31,7 @@ def plan(
         for name, entry in SAMPLERS.items():
             settings = {**entry.options, **{f"{key} fixed at": value for key, value in entry.fixed.items()}}
             options = ", ".join(f"{key} {value:g}" for key, value in settings.items())
-            summary = (entry.rows.__doc__ or "").split("\n")[0]
-            print(f"{name:<16} {summary}{f' [{options}]' if options else ''}")
+            print(f"{name:<16} {entry.about}{f' ({options})' if options else ''}")
         return
     opened = Bundle.open(find_bundle(bundle))
     table = opened.plan(sampler, steps, guidance_scale)

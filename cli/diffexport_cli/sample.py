@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def sample(
-    bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the network; `diffx doctor` lists them.")] = "ort",
     labels: Annotated[
         str | None,
-        typer.Option(help="Labels, by number or name: 3,1,4 or 0-9 or all.  [default: 0, 1, 2, ... in turn]"),
+        typer.Option(help="Labels, by number or name: 3,1,4 or 0-9 or all.", show_default="0, 1, 2, ... in turn"),
     ] = None,
-    num: Annotated[int | None, typer.Option(help="How many samples.  [default: one a label, else 16]")] = None,
+    num: Annotated[int | None, typer.Option(help="How many samples.", show_default="one a label, else 16")] = None,
     per_label: Annotated[
         int | None, typer.Option(help="How many samples of each label; the PNG has a column a label.")
     ] = None,
@@ -45,7 +47,9 @@ def sample(
     threads: Annotated[int | None, typer.Option(help="Threads of the ort backend.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint, for the torch backend.")] = None,
     one_call: Annotated[bool, typer.Option(help="Run the whole loop inside the graph, in one call a batch.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The PNG to write.  [default: the bundle's name with .png]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write.", show_default="the bundle's name with .png")
+    ] = None,
     npz: Annotated[Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32 and labels.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -168,6 +172,7 @@ def _write(
     from diffexport.files import replacing_file
     from diffexport.pictures import save_samples
 
+    arrays: dict[str, Any] = {"x": x} if labels is None else {"x": x, "labels": np.array(labels, np.int64)}
     names = [spec.label_names[k] if spec.label_names else str(k) for k in labels] if labels is not None else None
     written = []
     try:
@@ -177,7 +182,7 @@ def _write(
             written.append(str(out))
         if npz is not None:
             with replacing_file(npz) as work, work.open("wb") as file:
-                np.savez(file, x=x, **({} if labels is None else {"labels": np.array(labels, np.int64)}))
+                np.savez(file, **arrays)
             written.append(str(npz))
     except OSError as error:
         raise DiffexportError(

@@ -76,8 +76,8 @@ def train(
 ) -> None:
     """Train a model on a data set, and write a checkpoint with averaged weights and its whole configuration.
 
-    The same command continues a run that was killed. On several processes or GPUs:
-    accelerate launch --num_processes 2 $(which diffx) train ...
+    The same command continues a run that was killed. In several processes, on GPUs or CPUs:
+    accelerate launch --multi_gpu --num_processes 2 $(which diffx) train ...
 
     Example: diffx train digits --model dit --out digits.pt
     """

@@ -11,7 +11,9 @@ from diffexport_cli.progress import progress_bar
 
 
 def verify(
-    bundle: Annotated[Path | None, typer.Argument(help="The bundle.  [default: the only one in this folder]")] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Backend to run the golden cases on, or all.")] = "ort",
     against: Annotated[Path | None, typer.Option(help="The checkpoint to compare with.", metavar="CKPT")] = None,
     thorough: Annotated[
@@ -24,7 +26,7 @@ def verify(
     Example: diffx verify dit.diffx --against dit.pt
     """
     from diffexport.backends import BACKENDS
-    from diffexport.verify import verify as verify_bundle
+    from diffexport.verification import verify as verify_bundle
     from diffexport_cli.checkpoint import read_checkpoint
     from diffexport_cli.output import find_bundle, print_json
 

@@ -67,7 +67,13 @@ class _State:
         bindings = []
         for source in (0, 1):
             binding = session.io_binding()
-            inputs = {"x": self.x[source], "h": self.h[source], "z": self.z, "label": self.label, "row": self.row}
+            inputs: dict[str, NDArray[Any]] = {
+                "x": self.x[source],
+                "h": self.h[source],
+                "z": self.z,
+                "label": self.label,
+                "row": self.row,
+            }
             for name, array in inputs.items():
                 if name in wanted:
                     binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -141,4 +147,4 @@ def run_graph(path: Path, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[A
     names = [node.name for node in session.get_outputs()]
     wanted = {node.name for node in session.get_inputs()}
     results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
-    return dict(zip(names, results, strict=True))
+    return dict(zip(names, cast(list[NDArray[Any]], results), strict=True))

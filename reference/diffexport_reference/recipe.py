@@ -176,7 +176,9 @@ def _unet(config: TrainConfig, data: LoadedData) -> Network:
     width, depth = _sizes(config)
     channels, height, side = data.shape
     if height != side:
-        raise DiffexportError(f"model unet: needs square images, and {data.name} has {height}x{side}; give --image-size")
+        raise DiffexportError(
+            f"model unet: needs square images, and {data.name} has {height}x{side}; give --image-size"
+        )
     if width % 32:
         raise DiffexportError(f"width {width}: a U-Net needs a multiple of 32, the groups of its norms")
     args = {

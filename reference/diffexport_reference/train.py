@@ -74,7 +74,7 @@ def train(
     """Train a model and write its checkpoint, with averaged weights and the configuration inside.
 
     Every ``save_every`` steps the run is written to ``out`` + ".state"; the same call continues from there. Under
-    ``accelerate launch`` each process takes its part of every batch.
+    ``accelerate launch --multi_gpu --num_processes N``, on CPUs too, each process takes its part of every batch.
 
     Args:
         log: file for one JSON object a line: first the command, configuration, seed and versions, then the losses.
@@ -105,9 +105,9 @@ def train(
             run.forget()
         first = run.resume()
         head = _head(config, data, network, accelerator.num_processes, command)
-        with _Log(log if run.main else None, head, first) as lines:
-            started = time.monotonic()
-            loss = run.steps(first, save_every, lines, progress)
+        lines = _Log(log if run.main else None, head, first)
+        started = time.monotonic()
+        loss = run.steps(first, save_every, lines, progress)
     seconds = time.monotonic() - started
     if run.main:
         training = {**head, "steps": run.total, "loss": loss, "seconds": round(seconds, 1)}
@@ -343,7 +343,7 @@ def _accelerator(config: TrainConfig) -> Any:
         from accelerate import Accelerator
     except ImportError as e:
         raise DiffexportError("training needs accelerate; run: pip install 'diffexport[train]'") from e
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # said, or processes on CPUs find no group
     if config.batch_size % accelerator.num_processes:
         raise DiffexportError(
             f"batch size {config.batch_size}: not a multiple of {accelerator.num_processes} processes; "

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-TINY = "--width 16 --depth 1 --heads 2 --steps 12 --batch-size 16 --threads 1".split()
+TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--steps", "12", "--batch-size", "16", "--threads", "1"]
 
 
 def _run(*arguments, launch=()):
@@ -55,7 +55,7 @@ def test_a_wrong_call_is_one_line(tmp_path, options, message):
 def test_two_processes_train_one_model(tmp_path):
     script = tmp_path / "diffx.py"
     script.write_text("from diffexport_cli.app import main\nmain()\n")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     out = tmp_path / "two.pt"
     done = _run(script, "train", "digits", "--out", out, *TINY, "--log", tmp_path / "log", launch=launch)

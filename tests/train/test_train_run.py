@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from diffexport.errors import CheckpointError, DiffexportError
 from diffexport.schedules import DEFAULT_SCHEDULES, Schedule, schedule_sigmas
 from diffexport_reference.checkpoints import load_checkpoint
@@ -282,6 +283,6 @@ def test_configurations_that_cannot_be_trained(tmp_path, change, message):
 
 
 def test_a_loss_of_nan_stops_the_run_and_writes_nothing(tmp_path):
-    with pytest.raises(DiffexportError, match="loss became nan before step .* smaller --lr"):
+    with pytest.raises(DiffexportError, match=r"loss became nan before step .* smaller --lr"):
         train(dataclasses.replace(TINY, lr=1e30, steps=40, warmup=0), tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
