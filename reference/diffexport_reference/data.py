@@ -203,9 +203,9 @@ def _digits() -> LoadedData:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise DiffexportError("the digits need scikit-learn; run: pip install 'diffexport[train]'") from e
-    digits = load_digits()
-    x = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None]  # (1797, 1, 8, 8)
-    return LoadedData("digits", x, torch.tensor(digits.target), tuple("0123456789"), (1, 8, 8))
+    pixels, labels = load_digits(return_X_y=True)  # (1797, 64) 0..16
+    x = torch.tensor(pixels / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    return LoadedData("digits", x, torch.tensor(labels, dtype=torch.int64), tuple("0123456789"), (1, 8, 8))
 
 
 def _swissroll() -> LoadedData:

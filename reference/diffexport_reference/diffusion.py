@@ -148,7 +148,7 @@ def training_loop(
     Yields:
         A namespace with ``loss``, ``pbar``, ``x0``, ``sigma``, ``eps``, ``cond``, ``model`` and ``optimizer``.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]  # publishes no types
 
     if accelerator is None:
         from accelerate import Accelerator

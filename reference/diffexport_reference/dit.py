@@ -83,7 +83,7 @@ class Modulation(nn.Module):
 
     def forward(self, y: Tensor) -> tuple[Tensor, ...]:
         out: Tensor = self.proj(y)
-        return out[:, None].chunk(self.n, dim=2)
+        return tuple(out[:, None].chunk(self.n, dim=2))
 
 
 class ModulatedLayerNorm(nn.LayerNorm):

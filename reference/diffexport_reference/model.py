@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ M = TypeVar("M", bound=ModelMixin)
 
 
 def _modified(cls: type[M], suffix: str, **methods: Callable[..., Any]) -> type[M]:
-    return type(cls.__name__ + suffix, (cls,), methods)
+    return cast(type[M], type(cls.__name__ + suffix, (cls,), methods))
 
 
 def Scaled(cls: type[M]) -> type[M]:
@@ -258,7 +259,7 @@ class CondSequential(nn.Sequential):
 
 def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 

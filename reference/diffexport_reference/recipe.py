@@ -128,11 +128,12 @@ def level_weights(sigmas: Array, density: Density) -> Array:
     "schedule" draws all alike, as smalldiffusion. "cosine" draws as a cosine schedule would, with density
     1/(2 cosh(ln sigma)) over ln sigma: Nichol & Dhariwal 2021 in the variable of Kingma & Gao 2023, Table 1.
     """
-    weights = np.ones_like(sigmas)
+    weights: Array = np.ones_like(sigmas)
     if density == "cosine" and len(sigmas) > 1:
         log_sigma = np.log(sigmas)
         weights = np.gradient(log_sigma) / np.cosh(log_sigma)
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:

@@ -25,7 +25,14 @@ from diffexport.schedules import schedule_sigmas
 from diffexport.spec import ModelSpec
 from diffexport_reference.checkpoints import save_checkpoint
 from diffexport_reference.data import LoadedData, load_data
-from diffexport_reference.recipe import Network, TrainConfig, build_network, level_weights, plain_config, require
+from diffexport_reference.recipe import (
+    Network,
+    TrainConfig as TrainConfig,
+    build_network,
+    level_weights,
+    plain_config,
+    require,
+)
 
 REPORT_EVERY = 10
 LOG_EVERY = 50
@@ -119,8 +126,7 @@ def train(
             state_dict=_stored(run.averaged_state(), config.half),
             training=training,
         )
-        run.forget()
-    accelerator.wait_for_everyone()
+    run.forget()
     count = sum(p.numel() for p in network.module.parameters())
     return TrainResult(out, network.spec, count, run.total, loss, seconds, first, run.main)
 
@@ -194,7 +200,9 @@ class _Run:
         self.accelerator.backward(loss)
         self.optimizer.step()
         decay = min(self.config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averaged, [p.detach() for p in self.module.parameters()], 1 - decay)
+        with torch.no_grad():
+            for kept, new in zip(self.averaged, self.module.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
         return loss.detach()
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -219,7 +227,7 @@ class _Run:
         count = len(self.data.samples)
         epochs = positions // count
         indices = torch.empty_like(positions)
-        for epoch in epochs.unique().tolist():
+        for epoch in set(epochs.tolist()):
             here = epochs == epoch
             order = np.random.default_rng([self.config.seed, 1, epoch]).permutation(count)
             indices[here] = torch.from_numpy(order)[positions[here] % count]
@@ -291,7 +299,8 @@ class _Run:
         }
 
     def forget(self) -> None:
-        """Remove the state file."""
+        """Remove the state file, once every process is here."""
+        self.accelerator.wait_for_everyone()
         if self.main:
             self.path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
