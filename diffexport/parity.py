@@ -166,6 +166,12 @@ def mixing_row(spec: ModelSpec, sigma: float, w: float) -> Array:
     return np.asarray(row, np.float32)
 
 
+def default_plan(spec: ModelSpec, defaults: Defaults) -> Plan:
+    """The run that is compared: the bundle's default one, with guidance where the model can have it."""
+    guided = guidance_of(spec) if defaults.guidance_scale == 1 else defaults.guidance_scale
+    return make_plan(spec, defaults.sampler, defaults.steps, guided)
+
+
 def run_plan(session: Session, spec: ModelSpec, plan: Plan, labels: NDArray[np.int64] | None, batch: int) -> Array:
     """A whole run with the seed's noise, (batch, *shape)."""
     draws = normal(SEED, range(batch), range(1 + len(plan)), spec.shape)
@@ -184,14 +190,14 @@ class Scope:
     """What a comparison covers: batches, and how much of it at each.
 
     The whole comparison of a 33 M-parameter DiT takes minutes on two cores. A narrowed one covers every noise level and a
-    whole run at the smallest batch, and the middle noise level at the larger ones.
+    whole run at the smallest batch, and one guided step at the middle noise level at the larger ones.
     """
 
     batches: tuple[int, ...]
     whole: bool
 
-    def batches_at_level(self, level: int) -> tuple[int, ...]:
-        return self.batches if self.whole or level == SIGMAS // 2 else self.batches[:1]
+    def batches_of_steps(self, level: int, *, guided: bool) -> tuple[int, ...]:
+        return self.batches if self.whole or (level == SIGMAS // 2 and guided) else self.batches[:1]
 
     @property
     def batches_of_runs(self) -> tuple[int, ...]:
@@ -204,6 +210,14 @@ def scope_of(parameters: int, default_batch: int, max_batch: int, whole: bool | 
     return Scope(batches, parameters <= HEAVY_PARAMETERS if whole is None else whole)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found, and PyTorch's final images of the default run, for the golden cases."""
+
+    measurements: list[Measurement]
+    final: Array
+
+
 def compare(
     reference: Session,
     candidate: Session,
@@ -212,17 +226,18 @@ def compare(
     scope: Scope,
     defaults: Defaults,
     progress: Progress | None = None,
-) -> list[Measurement]:
+) -> Comparison:
     """Compare two sessions over single steps and whole runs; see ``Scope``.
 
     Single steps return the denoised estimate, with guidance and without, at each noise level; one more, at the middle
-    level, has every coefficient at work. Samples are independent, so PyTorch's results of the largest batch also serve
-    the smaller ones.
+    level, has every coefficient at work, and three rows run inside the loop graph. Samples are independent, so PyTorch's
+    results of the largest batch also serve the smaller ones.
     """
     results: list[Measurement] = []
     jobs = list(_jobs(spec, scope, defaults))
     done = 0
     total = sum(job.cost for job in jobs)
+    expected: tuple[Array, ...] = ()
     for job in jobs:
         if progress is not None:
             progress(f"comparing with PyTorch: {job.name}", done / total)
@@ -233,7 +248,7 @@ def compare(
                 measure = measure_run if job.whole_run else measure_step
                 results.append(measure(job.name + (", history" if part else ""), a, b[:batch], precision))
         done += job.cost
-    return results
+    return Comparison(results, expected[0])  # the last job is the default run
 
 
 @dataclass(frozen=True)
@@ -251,8 +266,8 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults) -> Iterator[_Job]:
     w = guidance_of(spec)
     levels = check_levels(spec)
     for k, sigma in enumerate(levels):
-        batches = scope.batches_at_level(k)
         for weight in sorted({w, 1.0}, reverse=True):
+            batches = scope.batches_of_steps(k, guided=weight == w)
             guided = f", guidance {weight:g}" if spec.conditional else ""
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
             yield _Job(f"D at sigma {sigma:.4g}{guided}", batches, sum(batches), _single(spec, row, float(sigma), k))
@@ -260,9 +275,7 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults) -> Iterator[_Job]:
     row = mixing_row(spec, middle, w)
     small = scope.batches[0]
     yield _Job(f"full update at sigma {middle:.4g}", (small,), small, _single(spec, row, middle, 7, mixed=True))
-    plan = make_plan(
-        spec, defaults.sampler, defaults.steps, w if defaults.guidance_scale == 1 else defaults.guidance_scale
-    )
+    plan = default_plan(spec, defaults)
     batches = scope.batches_of_runs
 
     def whole(session: Session, batch: int) -> tuple[Array, ...]:
@@ -327,14 +340,17 @@ def check_denoiser(reference: Session, graph: Path, spec: ModelSpec, precision: 
 # ---- golden cases ----
 
 
-def golden_cases(reference: Session, spec: ModelSpec, defaults: Defaults) -> Tensors:
+def golden_cases(reference: Session, spec: ModelSpec, defaults: Defaults, final: Array) -> Tensors:
     """Recorded inputs and PyTorch's outputs, small enough to travel with the bundle.
 
     ``step.K.{x,h,z,row,label}`` -> ``step.K.{x_next,h_next}``: one row at the K-th noise level, guided and plain in turn.
-    ``run.{rows,x_scale,label}`` -> ``run.x``: a whole run whose noise is drawn from seed 0, samples 0, 1, 2, ....
+    ``run.{rows,x_scale,label}`` -> ``run.x``: the default run, its noise drawn from seed 0, samples 0, 1, ....
+
+    Args:
+        final: PyTorch's final images of that run, of which the first two are kept; see ``Comparison``.
     """
     size = math.prod(spec.shape)
-    batch = max(2, min(MAX_GOLDEN_BATCH, (1 << 14) // size))
+    batch = max(2, min(MAX_GOLDEN_BATCH, (1 << 13) // size))
     labels = check_labels(spec, batch)
     cases: Tensors = {}
     for k, sigma in enumerate(check_levels(spec)):
@@ -348,12 +364,13 @@ def golden_cases(reference: Session, spec: ModelSpec, defaults: Defaults) -> Ten
         cases.update({f"step.{k}.{name}": array for name, array in case.items()})
         if labels is not None:
             cases[f"step.{k}.label"] = labels
-    plan = make_plan(spec, defaults.sampler, defaults.steps, defaults.guidance_scale)
-    cases["run.x"] = run_plan(reference, spec, plan, None if labels is None else labels[:2], 2)
+    plan = default_plan(spec, defaults)
+    cases["run.x"] = final[:2]
     cases["run.rows"] = plan.rows.astype(np.float32)
     cases["run.x_scale"] = np.array([plan.x_scale], np.float32)
-    if labels is not None:
-        cases["run.label"] = labels[:2]
+    kept = _prefix(spec, len(cases["run.x"]))
+    if kept is not None:
+        cases["run.label"] = kept
     return cases
 
 

@@ -158,10 +158,10 @@ def _against(
     session = open_session(bundle, "ort")
     try:
         reference = TorchSession(module, spec)
-        measured = compare(reference, session, spec, manifest.precision, scope, manifest.defaults, progress)
+        compared = compare(reference, session, spec, manifest.precision, scope, manifest.defaults, progress)
     finally:
         session.close()
-    return [facts, weights, _finding("results beside PyTorch's", measured)]
+    return [facts, weights, _finding("results beside PyTorch's", compared.measurements)]
 
 
 def _finding(name: str, measurements: Sequence[Measurement]) -> Finding:

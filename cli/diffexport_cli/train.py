@@ -24,35 +24,36 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.", metavar="CKPT")],
     model: Annotated[str, typer.Option(help="dit, unet, mlp (points), or ideal (the data itself, exact).")] = "dit",
-    width: Annotated[int | None, typer.Option(help="Width of the network.  [default: 128; unet 64]")] = None,
-    depth: Annotated[int | None, typer.Option(help="Blocks, or hidden layers of an MLP.  [default: 4; unet 2]")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the network; by default 128, and 64 for a U-Net.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Blocks, or hidden layers of an MLP; by default 4, and 2 a level of a U-Net.")
+    ] = None,
     heads: Annotated[int, typer.Option(help="Attention heads of a DiT.")] = 4,
     patch_size: Annotated[int, typer.Option(help="Side of a DiT's patches, in pixels.")] = 2,
     channel_mult: Annotated[str, typer.Option(help="Width of each level of a U-Net, in units of --width.")] = "1,2,2",
     prediction: Annotated[str, typer.Option(help="eps, x0, v or flow.")] = "v",
     scaled: Annotated[
         bool | None,
-        typer.Option("--scaled/--no-scaled", help="Scale the input by 1/sqrt(1 + sigma^2).  [default: unless flow]"),
+        typer.Option(
+            "--scaled/--no-scaled", help="Scale the input by 1/sqrt(1 + sigma^2); by default, but not for flow."
+        ),
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="loglinear, ddpm, ldm, sigmoid, cosine or flow.  [default: loglinear, or flow]"),
+        typer.Option(help="loglinear (the default), ddpm, ldm, sigmoid, cosine, or flow (with --prediction flow)."),
     ] = None,
     schedule_start: Annotated[
-        float | None, typer.Option(help="Smallest sigma, t or beta, by schedule.  [default: the schedule's own]")
+        float | None, typer.Option(help="Smallest sigma, t or beta, by schedule; each has a default.")
     ] = None,
     schedule_end: Annotated[
-        float | None, typer.Option(help="Largest sigma, t or beta, by schedule.  [default: the schedule's own]")
+        float | None, typer.Option(help="Largest sigma, t or beta, by schedule; each has a default.")
     ] = None,
     levels: Annotated[int, typer.Option(help="Noise levels of the schedule.")] = 1000,
     noise_density: Annotated[
         str | None,
-        typer.Option(
-            help="Which noise is trained on most: schedule (all levels alike) or cosine (most near sigma 1).  "
-            "[default: cosine for images]"
-        ),
+        typer.Option(help="What noise is trained on: cosine (most near sigma 1; for images) or schedule (all alike)."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Batches to train on.  [default: 3000]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Batches to train on; by default 3000.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data, in place of --steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a step, over all processes.")] = 128,
     lr: Annotated[float, typer.Option(help="Largest learning rate; it falls to 0 along a cosine.")] = 2e-3,
@@ -66,7 +67,7 @@ def train(
         int | None, typer.Option(help="Resize and crop the images of a folder to this side, in pixels.")
     ] = None,
     layout: Annotated[str | None, typer.Option(help="nchw or nhwc, where an array's shape leaves it open.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.  [default: PyTorch's own choice]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; by default its own choice.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between states that a killed run continues from.")] = 500,
     log: Annotated[Path | None, typer.Option(help="File for a log of JSON lines.", metavar="FILE")] = None,
     restart: Annotated[
@@ -83,7 +84,7 @@ def train(
     """
     if importlib.util.find_spec("torch") is None:
         raise BackendError("training needs PyTorch; pip install 'diffexport[train]'")
-    from diffexport_reference.train import TrainConfig
+    from diffexport_reference.recipe import TrainConfig
     from diffexport_reference.train import train as train_model
 
     config = TrainConfig(

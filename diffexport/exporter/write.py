@@ -154,15 +154,16 @@ def _certify(
     from diffexport.parity import check_denoiser, compare, golden_cases, scope_of
 
     reference = TorchSession(module, spec)
-    report("recording golden cases", 0.4)
-    write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults))
     parameters = sum(p.numel() for p in module.parameters())
     scope = scope_of(parameters, defaults.batch, max_batch, thorough)
     candidate = OnnxRuntimeSession(spec, work)
-    measurements = compare(
-        reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.45 + 0.5 * part)
+    comparison = compare(
+        reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.4 + 0.5 * part)
     )
     candidate.close()
+    report("recording golden cases", 0.9)
+    write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults, comparison.final))
+    measurements = comparison.measurements
     measurements.append(check_denoiser(reference, work / "denoiser.onnx", spec, precision))
     return Certificate(
         manifest_sha256="",

@@ -95,7 +95,8 @@ class ModulatedLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # pyright: ignore
         scale, shift = self.modulation(y)
-        return super().forward(x) * (1 + scale) + shift
+        out: Tensor = super().forward(x) * (1 + scale) + shift
+        return out
 
 
 class DiTBlock(nn.Module):
@@ -114,7 +115,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         gate_attn, gate_mlp = self.scale_modulation(y)
         x = x + gate_attn * self.attn(self.norm1(x, y))
-        return x + gate_mlp * self.mlp(self.norm2(x, y))
+        x = x + gate_mlp * self.mlp(self.norm2(x, y))
+        return x
 
 
 class DiT(nn.Module, ModelMixin):

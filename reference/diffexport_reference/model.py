@@ -293,14 +293,16 @@ class ConditionalMLP(TimeInputMLP):
         *,
         with_mlp: bool = True,
     ) -> None:
-        super().__init__(dim + cond_dim, dim, hidden_dims)
-        self.input_dims = (dim,)
+        super().__init__(dim, dim, hidden_dims)
+        self.net = _mlp((dim + 2 + cond_dim, *hidden_dims, dim))
         self.cond_embed = CondEmbedderLabel(cond_dim, num_classes, dropout_prob, with_mlp=with_mlp)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        label = embed_condition(self.cond_embed, cond, x)
+        level = get_sigma_embeds(x.shape[0], per_sample(sigma, x))  # (B, 2)
+        label = embed_condition(self.cond_embed, cond, x)  # (B, cond_dim)
         assert isinstance(label, Tensor)
-        return super().forward(torch.cat([x, label], dim=1), sigma)
+        out: Tensor = self.net(torch.cat([x, level, label], dim=1))
+        return out
 
 
 class IdealDenoiser(nn.Module, ModelMixin):

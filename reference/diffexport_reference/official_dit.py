@@ -95,7 +95,8 @@ class Block(nn.Module):
         modulation: Tensor = self.adaLN_modulation(c)[:, None]  # (B, 1, 6D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=2)
         x = x + gate_attn * self.attn(_modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp * self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_mlp * self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
 
 
 class FinalLayer(nn.Module):

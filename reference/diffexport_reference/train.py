@@ -6,11 +6,13 @@ file ends with the same weights as one that was never interrupted, and no genera
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from diffexport_reference.checkpoints import save_checkpoint
 from diffexport_reference.data import LoadedData, load_data
 from diffexport_reference.recipe import (
     Network,
-    TrainConfig as TrainConfig,
+    TrainConfig,
     build_network,
     level_weights,
     plain_config,
@@ -97,6 +99,9 @@ def train(
     require(save_every >= 1, f"save every {save_every}: expected at least 1 step")
     require(threads is None or threads >= 1, f"threads {threads}: expected at least 1")
     require(not out.is_dir(), f"{out}: is a folder; give the name of a file")
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    require(os.access(out.parent, os.W_OK), f"{out}: cannot be written, its folder is read-only")
     if threads is not None:
         torch.set_num_threads(threads)
     data = load_data(config.data, image_size=config.image_size, layout=config.layout)
@@ -248,7 +253,7 @@ class _Run:
     def _save(self, done: int) -> None:
         if not self.main:
             return
-        with replacing_file(self.path) as work:
+        with _writing(self.path), replacing_file(self.path) as work:
             torch.save(
                 {
                     "format": STATE_FORMAT,
@@ -325,13 +330,23 @@ class _Log:
             old = self.path.read_text(encoding="utf-8").splitlines()
             lines = [line for line in old if not line.startswith('{"step": ') or json.loads(line)["step"] <= first]
             lines.append(json.dumps({"continued_from": first}))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of writing ``path`` as one that a user understands."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save raises the second where the disk is full
+        raise DiffexportError(f"{path}: cannot be written ({e})") from e
 
 
 def _head(config: TrainConfig, data: LoadedData, network: Network, processes: int, command: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from diffexport.errors import CheckpointError, DiffexportError
 from diffexport.schedules import DEFAULT_SCHEDULES, Schedule, schedule_sigmas
 from diffexport_reference.checkpoints import load_checkpoint
 from diffexport_reference.data import load_data
-from diffexport_reference.recipe import build_network, level_weights
-from diffexport_reference.train import TrainConfig, train
+from diffexport_reference.recipe import TrainConfig, build_network, level_weights
+from diffexport_reference.train import train
 
 TINY = TrainConfig(data="digits", width=16, depth=1, heads=2, steps=12, batch_size=16, warmup=2)
 POINTS = TrainConfig(data="tree", model="mlp", width=16, depth=2, steps=12, batch_size=16)
@@ -133,6 +133,16 @@ def test_a_damaged_state_is_named(tmp_path):
     (tmp_path / "a.pt.state").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=r"a\.pt\.state: not a state of training"):
         train(TINY, tmp_path / "a.pt")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiffexportError, match=r"a\.pt: cannot be written"):
+        train(TINY, tmp_path / "file" / "a.pt")
+    with pytest.raises(DiffexportError, match="is a folder"):
+        train(TINY, tmp_path)
+    with pytest.raises(DiffexportError, match=r"a\.log: cannot be written"):
+        train(TINY, tmp_path / "a.pt", log=tmp_path / "file" / "a.log")
 
 
 def test_a_finished_checkpoint_is_not_replaced_unasked(tmp_path):
