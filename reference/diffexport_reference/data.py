@@ -347,8 +347,10 @@ def _to_unit_range(path: Path, x: NDArray[Any]) -> NDArray[np.float32]:
 def _pixels(image: Any) -> Tensor:
     """A Pillow image or uint8 array (H, W) or (H, W, C) as (C, H, W) float32 in [-1, 1]."""
     pixels = np.asarray(image)
+    if pixels.dtype == np.bool_:
+        pixels = pixels * np.uint8(255)
     if pixels.dtype != np.uint8:
-        pixels = pixels.astype(np.uint8) * np.uint8(255 if pixels.dtype == np.bool_ else 1)
+        raise DiffexportError(f"an image of type {pixels.dtype}; expected 8 bits a channel, such as mode L or RGB")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1)

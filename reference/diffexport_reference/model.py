@@ -309,15 +309,17 @@ class IdealDenoiser(nn.Module, ModelMixin):
     """The exact answer for a finite data set: the posterior mean, as the eps that it means.
 
     Weights are softmax(-|x - x_i|^2 / (2 sigma^2)): Karras et al. 2022, Eq. 57. Nothing is trained; ``data`` (M, *dims)
-    is the data set, or a sequence of samples or of (sample, label) pairs.
+    is the data set: a tensor, or a sequence of samples or of (sample, label) pairs.
     """
 
     data: Tensor
 
     def __init__(self, dataset: Any) -> None:
         super().__init__()
-        items = [item[0] if isinstance(item, tuple) else item for item in map(dataset.__getitem__, range(len(dataset)))]
-        self.register_buffer("data", torch.stack(items))
+        if not isinstance(dataset, Tensor):
+            items = (dataset[i] for i in range(len(dataset)))
+            dataset = torch.stack([item[0] if isinstance(item, tuple) else item for item in items])
+        self.register_buffer("data", dataset)
         self.input_dims = tuple(self.data.shape[1:])
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:

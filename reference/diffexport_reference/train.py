@@ -276,7 +276,7 @@ class _Run:
             return 0
         again = "give --restart to begin again, or another --out"
         try:
-            state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             saved = dict(state["config"])
         except Exception as e:  # PyTorch has a different exception for every kind of damage
             raise CheckpointError(f"{self.path}: not a state of training ({type(e).__name__}); {again}") from e

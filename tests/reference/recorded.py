@@ -96,7 +96,7 @@ def names(arch):
 
 def relative_error(got, expected):
     """Relative L2 of the difference."""
-    got, expected = got.detach().double(), expected.double()
+    got, expected = got.detach().double(), expected.detach().double()
     assert got.shape == expected.shape
     return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
 

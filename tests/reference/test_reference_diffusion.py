@@ -43,12 +43,12 @@ RUNS = [name for arch in ("DiT", "Unet", "TimeInputMLP", "ConditionalMLP") for n
 def test_schedule_as_recorded(name):
     recorded = Recorded("sd_schedules")
     schedule = SCHEDULES[name]
-    assert close(schedule.sigmas, recorded[f"{name}.sigmas"], 2e-5)
+    assert close(schedule.sigmas, recorded[f"{name}.sigmas"])
     for steps in (1, 7, 20, 50):
         expected = recorded[f"{name}.sample_sigmas.{steps}"]
         got = schedule.sample_sigmas(steps)
         assert got.dtype == expected.dtype
-        assert close(got, expected, 2e-5)
+        assert close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ldm", "cosine", "sigmoid", "flow"])
@@ -96,14 +96,14 @@ def test_samples_as_recorded(name):
         assert not list(noise)
 
 
-def test_samples_of_the_ideal_denoiser_as_recorded():
+def test_accelerated_samples_of_the_ideal_denoiser_as_recorded():
     recorded = Recorded("sd_ideal")
-    model = IdealDenoiser(recorded["data"])
-    start = recorded["x"] * recorded["sigmas"][0] if not close(recorded["x"], recorded["x"] * 0 + 1e9) else None
-    assert len(list(samples(model, recorded["sigmas"], batchsize=5))) == len(recorded["traj"])
-    *_, last = samples(model, recorded["sigmas"], gam=1.0, mu=0.0, xt=start)
-    distances = torch.cdist(last, recorded["data"]).min(1).values
-    assert distances.max() < 0.02
+    model, sigmas, traj = IdealDenoiser(recorded["data"]), recorded["sigmas"], recorded["traj"]
+    start = traj[0]
+    for _ in range(100):  # where the run began was not recorded; its first step, solved for that, contracts
+        start = traj[0] - (sigmas[1] - sigmas[0]) * model(start, sigmas[0])
+    for x, expected in zip(samples(model, sigmas, gam=2.0, xt=start), traj, strict=True):
+        assert close(x, expected)
 
 
 def test_samples_start_from_the_largest_sigma_and_draw_every_step():

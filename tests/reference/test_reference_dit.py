@@ -61,7 +61,7 @@ def test_initial_weights_are_xavier_and_small_for_sigma():
     bound = (6 / (3 * 4 + 128)) ** 0.5
     assert patch.abs().max() <= bound
     assert patch.abs().max() > 0.95 * bound
-    assert network.sig_embed.mlp[2].weight.std() == pytest.approx(0.02, rel=0.05)
+    assert network.sig_embed.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_unpatchify_undoes_patches():

@@ -53,6 +53,9 @@ def test_transforms_of_images():
     x = MappedDataset([grey], lambda item: img_normalize(img_train_transform(item) * 2))[0]
     assert (x.min(), x.max()) == (0, 1)
     assert len(MappedDataset([grey], img_normalize)) == 1
+    assert img_train_transform(Image.new("1", (2, 2), 1)).unique().tolist() == [1]
+    with pytest.raises(DiffexportError, match="type float64; expected 8 bits"):
+        img_train_transform(np.zeros((2, 2)))
 
 
 def test_the_digits():
