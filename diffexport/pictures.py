@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,48 @@ def save_samples(x: Array, path: str | Path, captions: Sequence[str] | None = No
     """Write samples as a PNG: a grid of images, or a cloud of points."""
     picture = points(x) if x.ndim == 2 else grid(x, captions, columns)
     picture.save(path, format="PNG")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One evaluation of a run: the noise level, the state at unit variance and the denoised estimate, (B, C, H, W)."""
+
+    level: float
+    x: Array
+    denoised: Array
+
+
+MAX_STRIP_COLUMNS = 10
+
+
+def strip(frames: Sequence[Frame], samples: int = 3) -> Image.Image:
+    """A run from left to right, for some samples: the state in one row, the denoised estimate in the row below it."""
+    shown = [frames[round(k)] for k in np.linspace(0, len(frames) - 1, min(len(frames), MAX_STRIP_COLUMNS))]
+    tiles, captions = [], []
+    for index in range(min(samples, len(shown[0].x))):
+        for part in ("x", "denoised"):
+            tiles += [getattr(frame, part)[index] for frame in shown]
+            captions += [f"{frame.level:.3g}" for frame in shown]
+    return grid(np.stack(tiles), captions, len(shown))
+
+
+def save_trajectory(frames: Sequence[Frame], path: str | Path, kind: str) -> None:
+    """Write a run as an animation (``gif``: states left, denoised estimates right) or as a strip (``png``)."""
+    if frames[0].x.ndim != 4:
+        raise ShapeError(f"a trajectory is drawn of samples of shape (C, H, W), got {frames[0].x.shape[1:]}")
+    if kind == "png":
+        strip(frames).save(path, format="PNG")
+        return
+    pages = [_side_by_side(grid(frame.x), grid(frame.denoised)) for frame in frames]
+    durations = [120] * (len(pages) - 1) + [1500]  # ms; the end stays to be looked at
+    pages[0].save(path, format="GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    page = Image.new("RGB", (left.width + right.width + 2 * _GAP, left.height), (_PAPER,) * 3)
+    page.paste(left, (0, 0))
+    page.paste(right, (left.width + 2 * _GAP, 0))
+    return page
 
 
 def _new_captions(captions: Sequence[str], row: range, columns: int) -> bool:

@@ -28,7 +28,9 @@ from diffexport.spec import ModelSpec
 
 Array = NDArray[np.float64]
 
-COLUMNS = ("c_in", "c_noise", "c_skip", "c_out", "w", "x_x", "x_d", "x_h", "x_z", "v_z", "h_x", "h_d", "h_h")
+_EVALUATION = ("c_in", "c_noise", "c_skip", "c_out", "w")
+_UPDATE = ("x_x", "x_d", "x_h", "x_z", "v_z", "h_x", "h_d", "h_h")
+COLUMNS = _EVALUATION + _UPDATE
 """The columns of a plan, in order."""
 
 GUIDANCE = COLUMNS.index("w")
@@ -81,6 +83,14 @@ class Plan:
 def denoise_rows(spec: ModelSpec, sigmas: Sequence[float] | Array, guidance_scale: float = 1.0) -> Array:
     """Rows that return the denoised estimate itself: x' = D, h' = h. (len(sigmas), 13)."""
     return _table(spec, [Update(sigma=float(s), x_d=1.0, h_h=1.0) for s in sigmas], guidance_scale, None)
+
+
+def denoising(row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The row that evaluates the network as ``row`` does but returns the denoised estimate: x' = D."""
+    changed = row.copy()
+    changed[len(_EVALUATION) :] = 0
+    changed[COLUMNS.index("x_d")] = 1
+    return changed
 
 
 def make_plan(
@@ -246,7 +256,7 @@ def _table(
                 f"{trained[0]:.4g}:{trained[-1]:.4g}"
             )
         w[(sigma < low) | (sigma > high)] = 1.0
-    tail = [[getattr(update, name) for name in COLUMNS[5:]] for update in updates]
+    tail = [[getattr(update, name) for name in _UPDATE] for update in updates]
     return np.column_stack([c_in, c_noise, c_skip, c_out, w, np.array(tail, np.float64)])
 
 

@@ -13,13 +13,16 @@ from diffexport.backends.session import Session
 from diffexport.bundle import Defaults
 from diffexport.errors import BackendError, PlanError, ShapeError
 from diffexport.noise import normal
-from diffexport.plan import NOISE, Plan, make_plan
+from diffexport.plan import NOISE, Plan, denoising, make_plan
 from diffexport.spec import ModelSpec
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 OnStep = Callable[[int, int], None]
 """Called after each row with (evaluations of a row done so far, those of the whole call)."""
+
+OnState = Callable[[int, Array, Array], None]
+"""Called before each row with its index, the state x and the denoised estimate D, each (B, *shape)."""
 
 _NOISE_CHUNK = 1 << 18
 """How many normals are drawn at once: large enough that their cost is the arithmetic, small beside any model."""
@@ -58,6 +61,7 @@ class Sampler:
         x_init: Array | None = None,
         noise: Array | None = None,
         on_step: OnStep | None = None,
+        on_state: OnState | None = None,
         one_call: bool = False,
         **options: Any,
     ) -> Array:
@@ -74,6 +78,7 @@ class Sampler:
             x_init: (num, *shape) unit normal start in place of the seed's.
             noise: (rows, num, *shape) unit normal noise in place of the seed's.
             on_step: called after each step; after each batch with ``one_call``.
+            on_state: called before each row; costs one more evaluation a row. Not with ``one_call``.
             one_call: run the whole loop inside the graph, one call a batch, in place of one call a row.
 
         Returns:
@@ -114,6 +119,7 @@ class Sampler:
                 None if label is None else label[part],
                 rows,
                 drawn,
+                on_state,
                 _counting(on_step, number * len(rows), len(starts) * len(rows)),
             )
         if not np.isfinite(out).all():
@@ -154,26 +160,46 @@ class Sampler:
         return np.array([self.spec.label_index(label) for label in labels], np.int64)
 
     def _stepped(
-        self, x: Array, label: Labels | None, rows: Array, drawn: Iterable[Array | None], done: Callable[[int], None]
+        self,
+        x: Array,
+        label: Labels | None,
+        rows: Array,
+        drawn: Iterable[Array | None],
+        on_state: OnState | None,
+        done: Callable[[int], None],
     ) -> Array:
         """One call of the session for each row."""
         self.session.begin(x, label)
         for index, (row, z) in enumerate(zip(rows, drawn, strict=True)):
+            if on_state is not None:
+                now = self.session.state()[0]
+                on_state(index, now, self.session.run(now, label, denoising(row)[None], self._no_noise()))
             self.session.step(row, z)
             done(index + 1)
         return self.session.state()[0]
 
     def _in_one_call(
-        self, x: Array, label: Labels | None, rows: Array, drawn: Iterable[Array | None], done: Callable[[int], None]
+        self,
+        x: Array,
+        label: Labels | None,
+        rows: Array,
+        drawn: Iterable[Array | None],
+        on_state: OnState | None,
+        done: Callable[[int], None],
     ) -> Array:
         """One call for all rows, whose noise is held at once; a plan without noise needs none."""
+        if on_state is not None:
+            raise PlanError("on_state: the loop inside the graph shows no states; leave one_call out")
         if np.any(rows[:, NOISE]):
             noise = np.stack([np.zeros_like(x) if z is None else z for z in drawn])
         else:
-            noise = np.zeros((1, 1, *self.spec.shape), np.float32)
+            noise = self._no_noise()
         x = self.session.run(x, label, rows, noise)
         done(len(rows))
         return x
+
+    def _no_noise(self) -> Array:
+        return np.zeros((1, 1, *self.spec.shape), np.float32)
 
     def _drawn(self, seed: int, indices: range, rows: Array) -> Iterator[Array | None]:
         """The noise of each row, None where it adds none, drawn some rows at a time."""

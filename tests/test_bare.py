@@ -28,7 +28,9 @@ def test_importing_the_library_loads_no_runtime():
 
 def test_sampling_loads_no_torch_and_no_exporter(toy_bundle, tmp_path):
     path, out = toy_bundle("plain").path, tmp_path / "a.png"
-    code = f"import diffexport_cli.app as a, sys; sys.argv = ['diffx', 'sample', {str(path)!r}, '--out', {str(out)!r}]; "
+    code = (
+        f"import diffexport_cli.app as a, sys; sys.argv = ['diffx', 'sample', {str(path)!r}, '--out', {str(out)!r}]; "
+    )
     assert loaded_by(code + "a.app(standalone_mode=False)") == {"numpy", "onnxruntime"}
     assert out.exists()
 
@@ -44,14 +46,28 @@ def test_the_base_install_has_no_torch_and_samples_the_same(toy_bundle, tmp_path
     bin_ = tmp_path / "env" / "bin"
     constraints = ROOT / "constraints.txt"
     subprocess.run([bin_ / "python", "-m", "pip", "install", "-q", "-c", constraints, wheel], check=True)
-    installed = subprocess.run([bin_ / "python", "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    installed = subprocess.run(
+        [bin_ / "python", "-m", "pip", "list"], check=True, capture_output=True, text=True
+    ).stdout
     names = {line.split()[0].lower().replace("-", "_") for line in installed.splitlines()[2:]}
     assert "onnxruntime" in names
     assert not names & set(HEAVY)
 
     bundle = toy_bundle("variance")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [bin_ / "diffx", "sample", bundle.path, "--sampler", "ddpm", "--steps", "10", "--seed", "5", "--npz", "a.npz"]
+    command = [
+        bin_ / "diffx",
+        "sample",
+        bundle.path,
+        "--sampler",
+        "ddpm",
+        "--steps",
+        "10",
+        "--seed",
+        "5",
+        "--npz",
+        "a.npz",
+    ]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
     expected = bundle.sampler().sample(num=5, sampler="ddpm", steps=10, seed=5)
     np.testing.assert_allclose(np.load(tmp_path / "a.npz")["x"], expected, atol=1e-6)

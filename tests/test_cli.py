@@ -41,7 +41,9 @@ def assert_refused(result, message, status=1):
 
 def test_sample_writes_a_picture_and_arrays(diffx, toy_bundle):
     path = toy_bundle("plain").path
-    status, out, _ = diffx("sample", path, "--labels", "3,1,4", "--steps", 5, "--seed", 7, "--out", "a.png", "--npz", "a.npz")
+    status, out, _ = diffx(
+        "sample", path, "--labels", "3,1,4", "--steps", 5, "--seed", 7, "--out", "a.png", "--npz", "a.npz"
+    )
     assert status == 0
     assert "wrote a.png" in out
     arrays = np.load("a.npz")

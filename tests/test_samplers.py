@@ -90,15 +90,45 @@ def test_order_of_convergence_on_the_probability_flow(name, order):
     assert errors[-1] < 0.1
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler-ancestral", "dpmpp-2m-sde"])
-def test_stochastic_samplers_reach_the_data_distribution(name):
-    """Mean and spread of many samples of normal data, whose exact denoiser is known."""
-    rng = np.random.default_rng(0)
-    plan = make_plan(spec_of(), name, 200, grid="karras")
-    x = plan.x_scale * rng.standard_normal((4000, 8))
-    result = run(plan, gaussian_denoiser, x, rng.standard_normal((len(plan), 4000, 8)))
-    assert result.mean() == pytest.approx(MEAN, abs=0.02)
-    assert result.std() == pytest.approx(SPREAD, rel=0.03)
+def moments(plan, mean, variance):
+    """Mean and variance of x after a plan, without drawing: D is linear for normal data, so both follow exactly."""
+    m, cov = np.array([mean, 0.0]), np.diag([variance, 0.0])  # of (x, h)
+    for row, sigma in zip(plan.rows, plan.sigmas, strict=True):
+        r = dict(zip(COLUMNS, row, strict=True))
+        slope = SPREAD**2 / (SPREAD**2 + sigma**2)
+        step = np.array([[r["x_x"] + r["x_d"] * slope, r["x_h"]], [r["h_x"] + r["h_d"] * slope, r["h_h"]]])
+        m = step @ m + np.array([r["x_d"], r["h_d"]]) * (1 - slope) * MEAN
+        cov = step @ cov @ step.T + np.diag([r["x_z"] ** 2, 0.0])
+    return m[0], cov[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "options"),
+    [
+        ("ddim", 1, {}),
+        ("ddim", 1, {"eta": 0.5}),
+        ("ddpm", 1, {}),
+        ("euler-ancestral", 1, {}),
+        ("dpmpp-2m-sde", 2, {}),
+        ("heun", 2, {}),
+        ("dpmpp-2m", 2, {}),
+        ("lms-2", 2, {}),
+        ("accelerated", 1, {}),
+        ("accelerated", 1, {"gam": 1.5, "mu": 0.5}),
+    ],
+)
+def test_the_distribution_of_normal_data_is_reached_with_the_samplers_order(name, order, options):
+    """Variance and mean at the last level against the forward process, whose variance is SPREAD^2 + sigma^2."""
+    errors = []
+    for steps in (64, 128, 256):
+        levels = np.geomspace(10.0, 0.1, steps + 1)
+        plan = make_plan(spec_of(), name, grid=levels.tolist(), **options)
+        mean, variance = moments(plan, MEAN, SPREAD**2 + 10.0**2)
+        assert mean == pytest.approx(MEAN, abs=1e-9)
+        errors.append(abs(variance / (SPREAD**2 + 0.1**2) - 1))
+    assert np.log2(errors[0] / errors[1]) > order - 0.35, errors
+    assert np.log2(errors[1] / errors[2]) > order - 0.25, errors
+    assert errors[-1] < 0.06
 
 
 def test_ddim_eta_reaches_from_ddim_to_ddpm():

@@ -11,6 +11,8 @@ import typer
 from diffexport_cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from diffexport.pictures import Array, Frame
+    from diffexport.plan import Plan
     from diffexport.spec import ModelSpec
 
 
@@ -50,6 +52,9 @@ def sample(
     out: Annotated[
         Path | None, typer.Option(help="The PNG to write.", show_default="the bundle's name with .png")
     ] = None,
+    trajectory: Annotated[
+        Path | None, typer.Option(help="Write the run itself: a .gif, or a .png strip; twice the evaluations.")
+    ] = None,
     npz: Annotated[Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32 and labels.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -64,7 +69,8 @@ def sample(
     wanted = _labels(opened.spec, labels, num, per_label)
     options = _options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
     plan = opened.plan(sampler, steps, guidance_scale, **options)
-    if out is None and npz is None:
+    frames = _Frames(opened.spec, plan, trajectory) if trajectory is not None else None
+    if out is None and npz is None and frames is None:
         out = Path(f"{opened.manifest.name}.png")
     with (
         progress_bar("sampling") as progress,
@@ -73,13 +79,14 @@ def sample(
         started = time.perf_counter()
         x = s.sample(
             wanted,
-            num=num if wanted is None else None,
+            num=(16 if num is None else num) if wanted is None else None,
             plan=plan,
             seed=seed,
             first=first,
             batch=batch,
             one_call=one_call,
             on_step=lambda done, total: progress("sampling", done / total),
+            on_state=frames.keep if frames is not None else None,
         )
         seconds = time.perf_counter() - started
         device = s.session.device
@@ -87,6 +94,8 @@ def sample(
     written = _write(
         opened.spec, x, indices, out, npz, columns=len(wanted) // per_label if wanted and per_label else None
     )
+    if frames is not None:
+        written.append(frames.write())
     result: dict[str, Any] = {
         "samples": len(x),
         "backend": backend,
@@ -103,6 +112,37 @@ def sample(
     print(f"{len(x)} samples on {backend} ({device}), {plan.evaluations} network evaluations each, {seconds:.2f} s")
     for path in written:
         print(f"wrote {path}")
+
+
+class _Frames:
+    """The first batch of a run, kept for a picture of it."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan, path: Path) -> None:
+        from diffexport.errors import DiffexportError
+
+        self.kind = path.suffix.lower().removeprefix(".")
+        if self.kind not in ("gif", "png"):
+            raise DiffexportError(f"--trajectory {path}: expected a name that ends in .gif or .png")
+        self.spec, self.plan, self.path = spec, plan, path
+        self.frames: list[Frame] = []
+
+    def keep(self, row: int, x: Array, denoised: Array) -> None:
+        import numpy as np
+
+        from diffexport.pictures import Frame
+
+        if len(self.frames) == row:
+            sigma = float(self.plan.sigmas[row])
+            scale = 1.0 if self.spec.prediction == "flow" else float(np.hypot(1.0, sigma))
+            self.frames.append(Frame(sigma, x / np.float32(scale), denoised))
+
+    def write(self) -> str:
+        from diffexport.files import replacing_file
+        from diffexport.pictures import save_trajectory
+
+        with replacing_file(self.path) as work:
+            save_trajectory(self.frames, work, self.kind)
+        return str(self.path)
 
 
 def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int | None) -> list[int | str] | None:

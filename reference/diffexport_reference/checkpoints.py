@@ -2,7 +2,7 @@
 
 Read are diffexport's own checkpoints, bare state dicts of the models in ``families`` (.pt, .pth, .bin, .safetensors),
 and snapshots of training of the official DiT. What a state dict does not tell comes from flags or from a JSON file
-beside it (dit.pt, dit.json) with the keys of ``Given``; nothing is guessed.
+beside it (dit.pt, dit.json) with the keys of ``facts.Given``; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -19,56 +19,14 @@ from torch import Tensor, nn
 
 from diffexport.errors import CheckpointError, SpecError
 from diffexport.files import replacing_file
-from diffexport.schedules import DEFAULT_SCHEDULES, Schedule
-from diffexport.spec import ModelSpec, Prediction
+from diffexport.schedules import Schedule
+from diffexport.spec import ModelSpec
+from diffexport_reference.facts import FLAGS, FLOW_FACTS, SPEC_FLAGS, Facts, check_flags, facts_beside, given_facts
 from diffexport_reference.families import Args, Family, Shapes, by_class, recognise
-from diffexport_reference.weights import State, read_content, select_state, sound_state
+from diffexport_reference.weights import State, a, read_content, select_state, sound_state
 
 FORMAT = "diffexport.checkpoint"
 VERSION = 1
-
-
-class Given(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a state dict does not tell. Flags win over the file beside it."""
-
-    heads: int | None = None
-    image_size: int | None = None
-    prediction: Prediction | None = None
-    scaled: bool | None = None
-    schedule: Schedule | str | None = None
-    """A schedule, or the name of one of DEFAULT_SCHEDULES."""
-    label_names: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for flag in ("heads", "image_size"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise SpecError(f"{FLAGS[flag]} {value}: expected at least 1")
-        if isinstance(self.schedule, str) and self.schedule not in DEFAULT_SCHEDULES:
-            raise SpecError(f"--schedule {self.schedule}: expected one of {', '.join(DEFAULT_SCHEDULES)}")
-
-    def facts(self) -> dict[str, Any]:
-        """The facts that are given, the schedule as numbers."""
-        facts = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
-        if isinstance(self.schedule, str):
-            facts["schedule"] = DEFAULT_SCHEDULES[self.schedule]
-        return facts
-
-
-FLAGS = {
-    "heads": "--heads",
-    "image_size": "--image-size",
-    "prediction": "--prediction",
-    "scaled": "--scaled/--no-scaled",
-    "schedule": "--schedule",
-}
-SPEC_VALUES = {
-    "prediction": "--prediction eps|x0|v|flow",
-    "scaled": "--scaled or --no-scaled",
-    "schedule": f"--schedule {'|'.join(DEFAULT_SCHEDULES)}",
-}
-FLOW_FACTS = {"scaled": False, "schedule": DEFAULT_SCHEDULES["flow"]}
-"""What a flow model leaves no choice about."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +34,7 @@ class Checkpoint:
     """A network F with its facts, and what a person should know of how it was read."""
 
     module: nn.Module
-    """Called as module(x, c_noise, label), or module(x, c_noise) without labels; float32, in eval mode, without gradients."""
+    """Called as module(x, c_noise, label), or module(x, c_noise) without labels; float32, in eval mode."""
     spec: ModelSpec
     notes: tuple[str, ...] = ()
 
@@ -125,14 +83,15 @@ def read_checkpoint(
         SpecError: facts that are missing (all of them are named), or that contradict the file.
     """
     path = Path(path)
-    flags = {"heads": heads, "image_size": image_size, "prediction": prediction, "scaled": scaled, "schedule": schedule}
     try:
-        given = _given({name: value for name, value in flags.items() if value is not None})
+        flags = given_facts(
+            {"heads": heads, "image_size": image_size, "prediction": prediction, "scaled": scaled, "schedule": schedule}
+        )
         content = read_content(path)
         if content.get("format") == FORMAT:
-            return _read_own(content, given.facts(), weights)
+            return _read_own(content, flags, weights)
         state, notes = select_state(content, weights)
-        return _read_bare(path, state, given.facts(), notes)
+        return _read_bare(path, state, flags, notes)
     except (CheckpointError, SpecError) as error:
         raise type(error)(f"{path}: {error}") from error
 
@@ -178,14 +137,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _given(facts: Mapping[str, Any]) -> Given:
-    try:
-        return msgspec.convert({**facts}, Given)
-    except msgspec.ValidationError as error:
-        raise SpecError(f"facts {', '.join(facts)}: {error}") from error
-
-
-def _read_own(content: Mapping[str, Any], flags: Mapping[str, Any], weights: str | None) -> Checkpoint:
+def _read_own(content: Mapping[str, Any], flags: Facts, weights: str | None) -> Checkpoint:
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"is of version {content.get('version')} of the format, this diffexport reads {VERSION}; update diffexport"
@@ -193,132 +145,93 @@ def _read_own(content: Mapping[str, Any], flags: Mapping[str, Any], weights: str
     if weights is not None:
         raise SpecError(f"--weights {weights}: this file holds one set of weights; leave it out")
     try:
-        model_class, stored_args = content["model"]["class"], dict(content["model"]["args"])
+        family = by_class(content["model"]["class"])
+        stored_args, stored_state = dict(content["model"]["args"]), dict(content["state_dict"])
         spec = msgspec.convert(content["spec"], ModelSpec)
-        stored = dict(content["state_dict"])
-    except (KeyError, TypeError, ValueError, msgspec.ValidationError, SpecError) as error:
-        raise CheckpointError(f"is damaged: {type(error).__name__}: {error}") from error
-    family = by_class(model_class)
-    told: dict[str, Any] = {name: getattr(spec, name) for name in SPEC_VALUES}
-    told |= {ask.flag: stored_args.get(ask.arg) for ask in family.asks}
-    told.setdefault("image_size", spec.shape[-1] if len(spec.shape) == 3 else None)
-    _check_flags(flags, told)
-    state = sound_state(stored)
-    shapes = Shapes({name: tuple(value.shape) for name, value in state.items()})
-    args = family.read(shapes, _given({k: v for k, v in told.items() if k in ("heads", "image_size")}).facts())
-    for name, value in args.items():
-        if name in stored_args and isinstance(value, int | str) and value != stored_args[name]:
-            raise CheckpointError(f"{name} is {stored_args[name]} in its arguments and {value} in its weights")
-    module = _module(family, args, shapes, state)
-    if (module.input_dims, args.get("num_classes", 0)) != (spec.shape, spec.num_classes):
-        raise CheckpointError(
-            f"its spec says shape {spec.shape} and {spec.num_classes} labels, "
-            f"its weights {module.input_dims} and {args.get('num_classes', 0)}"
-        )
-    return Checkpoint(module, msgspec.structs.replace(spec, architecture=_architecture(family, args)))
+    except (KeyError, TypeError, ValueError, SpecError) as error:
+        raise CheckpointError(f"is damaged ({type(error).__name__}: {error})") from error
+    side = spec.shape[-1] if len(spec.shape) == 3 else None
+    heads = next((stored_args.get(ask.arg) for ask in family.asks if ask.flag == "heads"), None)
+    check_flags(flags, {**{name: getattr(spec, name) for name in SPEC_FLAGS}, "heads": heads, "image_size": side})
+    try:
+        module, args = _make(family, sound_state(stored_state), given_facts({"heads": heads, "image_size": side}))
+    except SpecError as error:
+        raise CheckpointError(f"is damaged ({error})") from error
+    told = {name: value for name, value in args.items() if name in stored_args and isinstance(value, int | str)}
+    told |= {"shape": module.input_dims, "num_classes": args.get("num_classes", 0)}
+    for name, value in told.items():
+        said = getattr(spec, name, stored_args.get(name))
+        if value != said:
+            raise CheckpointError(f"is damaged: it says {name} {said}, its weights say {value}")
+    return Checkpoint(module, msgspec.structs.replace(spec, architecture=args))
 
 
-def _read_bare(path: Path, stored: Mapping[str, Any], flags: Mapping[str, Any], notes: list[str]) -> Checkpoint:
+def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[str]) -> Checkpoint:
     family = recognise(stored)
-    state = sound_state(stored)
-    shapes = Shapes({name: tuple(value.shape) for name, value in state.items()})
-    facts = {**_facts_beside(path, flags, notes), **flags}
-    args = family.read(shapes, facts)
-    _check_flags(flags, {**facts, **_told(family, args)})
-    known = {**facts, **family.facts}
-    if known.get("prediction") == "flow":
-        known = {**FLOW_FACTS, **known}
-    missing = [f"{FLAGS[ask.flag]} {ask.values(shapes)}" for ask in family.asks if args[ask.arg] is None]
-    missing += [values for name, values in SPEC_VALUES.items() if name not in known]
-    if missing:
-        raise SpecError(
-            f"the weights of {_a(family.name)} do not tell everything; give {', '.join(missing)} "
-            f"(or the same keys in {path.with_suffix('.json').name})"
-        )
-    module = _module(family, args, shapes, state)
-    shape: tuple[int, ...] = module.input_dims
-    guided = family.facts.get("guided_channels")
-    fields = {name: value for name, value in known.items() if name in ModelSpec.__struct_fields__}
-    fields["guided_channels"] = None if guided is None else min(guided, shape[0])
+    beside = facts_beside(path)
+    facts = {**beside, **flags}
+    if used := [name for name in beside if name not in flags]:
+        notes.append(f"took {', '.join(used)} from {path.with_suffix('.json').name}")
+    known = {**(FLOW_FACTS if facts.get("prediction") == "flow" else {}), **facts, **family.facts}
+    module, args = _make(family, sound_state(stored), facts, known, path)
+    asked = {ask.flag for ask in family.asks}
+    side = module.input_dims[-1] if len(module.input_dims) == 3 else None
+    told = {"heads": args.get("num_heads") if "heads" in asked else None, "image_size": side}
+    check_flags(flags, {**known, **told})
+    if known["prediction"] == "flow" and known["scaled"]:
+        raise SpecError("--scaled: the input of a flow model is never scaled; leave it out")
+    learned_variance = bool(args.get("learn_sigma", False))
     spec = ModelSpec(
         family=family.name,
-        shape=shape,
+        shape=module.input_dims,
         num_classes=args.get("num_classes", 0),
-        learned_variance=bool(args.get("learn_sigma", False)),
-        architecture=_architecture(family, args),
-        **fields,
+        learned_variance=learned_variance,
+        architecture=args,
+        **{name: value for name, value in known.items() if name in ModelSpec.__struct_fields__},
     )
     return Checkpoint(module, spec, tuple(notes))
 
 
-def _told(family: Family, args: Args) -> dict[str, Any]:
-    """What the weights alone say of the facts that flags can give; None for what the model does not have."""
-    told: dict[str, Any] = {name: family.facts[name] for name in SPEC_VALUES if name in family.facts}
-    asked = {ask.flag for ask in family.asks}
-    if "heads" not in asked:
-        told["heads"] = None
-    if "image_size" not in asked:
-        told["image_size"] = args.get("in_dim", args.get("input_size"))
-    return told
+def _make(
+    family: Family, state: State, facts: Facts, known: Facts | None = None, path: Path | None = None
+) -> tuple[Any, Args]:
+    """The network with these weights, which are not copied, and its arguments as plain data.
 
-
-def _check_flags(flags: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """Raise SpecError where a flag contradicts what the checkpoint says itself."""
-    for name, value in flags.items():
-        if name in FLAGS and told.get(name) != value:
-            said = "has no such thing" if told.get(name) is None else f"says {_say(told[name])}"
-            raise SpecError(f"{FLAGS[name]} {_say(value)}: this checkpoint {said}; leave the flag out")
-
-
-def _say(value: Any) -> str:
-    return (
-        f"{value.kind} ({value.start:g} to {value.end:g}, N {value.N})" if isinstance(value, Schedule) else str(value)
-    )
-
-
-def _facts_beside(path: Path, flags: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Facts of the JSON file beside a checkpoint; keys that it does not know are somebody else's."""
-    beside = path.with_suffix(".json")
-    if beside == path or not beside.is_file():
-        return {}
-    try:
-        facts = msgspec.json.decode(beside.read_bytes(), type=Given).facts()
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise SpecError(f"{beside.name} beside it: {error}") from error
-    used = [name for name in facts if name not in flags]
-    if used:
-        notes.append(f"took {', '.join(used)} from {beside.name}")
-    return facts
-
-
-def _module(family: Family, args: Args, shapes: Shapes, state: State) -> Any:
-    """The network with these weights, which are not copied."""
+    Raises:
+        SpecError: facts are missing; all of them are named, also those of the spec that are not in ``known``.
+        CheckpointError: the weights are not those of the family.
+    """
+    shapes = Shapes({name: tuple(value.shape) for name, value in state.items()})
+    args = family.read(shapes, facts)
+    missing = [f"{FLAGS[ask.flag]} {ask.values(shapes)}" for ask in family.asks if args[ask.arg] is None]
+    missing += [flag for name, flag in SPEC_FLAGS.items() if known is not None and name not in known]
+    if missing:
+        where = f" (or the same in {path.with_suffix('.json').name} beside it)" if path is not None else ""
+        raise SpecError(f"weights of {a(family.name)} do not tell everything: give {', '.join(missing)}{where}")
     with torch.device("meta"):
-        module = family.build(args, shapes)
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    got = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = {
-        "is missing": sorted(expected.keys() - got.keys()),
-        "is not expected": sorted(got.keys() - expected.keys()),
-        "has another shape than expected": [n for n in sorted(expected) if n in got and got[n] != expected[n]],
-    }
-    found = [
-        f"{names[0]} {what}"
-        + (f" ({got[names[0]]}, expected {expected[names[0]]})" if names[0] in got and names[0] in expected else "")
-        + (f", and {len(names) - 1} more" if len(names) > 1 else "")
-        for what, names in wrong.items()
-        if names
-    ]
-    if found:
-        raise CheckpointError(f"looks like {_a(family.name)}, but {'; '.join(found)}")
+        module: Any = family.build(args, shapes)
+    _check_names(family, {name: tuple(value.shape) for name, value in module.state_dict().items()}, shapes)
     module.load_state_dict(state, assign=True)
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a buffer without a value"
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False), {"class": family.model_class, **args}
 
 
-def _architecture(family: Family, args: Args) -> dict[str, Any]:
-    return {"class": family.model_class, **args}
+def _check_names(family: Family, expected: Mapping[str, tuple[int, ...]], got: Shapes) -> None:
+    """Raise CheckpointError for the first tensor that is missing, not expected, or of another shape."""
+    missing = [name for name in expected if name not in got]
+    unexpected = [name for name in got if name not in expected]
+    reshaped = [name for name in expected if name in got and got[name] != expected[name]]
+    problems = [
+        f"{names[0]} {what}{_and_more(names)}"
+        for what, names in (("is missing", missing), ("is not expected", unexpected))
+        if names
+    ]
+    if reshaped:
+        name = reshaped[0]
+        problems.append(f"{name} has shape {got[name]}, expected {expected[name]}{_and_more(reshaped)}")
+    if problems:
+        raise CheckpointError(f"looks like {a(family.name)}, but {'; '.join(problems)}")
 
 
-def _a(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiouM' else 'a'} {name}"
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -7,7 +7,7 @@ that the file does not hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,12 @@ class Shapes:
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
 
     def dims(self, name: str, *ranks: int) -> tuple[int, ...]:
         """The shape of one tensor.
@@ -196,7 +202,7 @@ def _read_unet(shapes: Shapes, given: Mapping[str, Any]) -> Args:
 
 
 def _read_mlp(shapes: Shapes, given: Mapping[str, Any]) -> Args:
-    layers = []
+    layers: list[tuple[int, ...]] = []
     while f"net.{2 * len(layers)}.weight" in shapes:
         layers.append(shapes.dims(f"net.{2 * len(layers)}.weight", 2))
     if not layers:

@@ -47,7 +47,7 @@ def read_content(path: Path) -> dict[str, Any]:
     except Exception as error:  # PyTorch and safetensors have a different exception for every kind of damage
         raise CheckpointError(f"cannot be read, damaged or cut short ({_first_line(error)})") from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(f"holds {_an(type(content).__name__)}, expected a state dict: save model.state_dict()")
+        raise CheckpointError(f"holds {a(type(content).__name__)}, expected a state dict: save model.state_dict()")
     return dict(content)
 
 
@@ -85,8 +85,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def _an(noun: str) -> str:
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+def a(noun: str) -> str:
+    """The noun with its article."""
+    return f"{'an' if noun[0] in 'aeioAEIOM' else 'a'} {noun}"
 
 
 def select_state(content: Mapping[str, Any], weights: str | None) -> tuple[dict[str, Any], list[str]]:
@@ -154,17 +155,19 @@ def sound_state(state: Mapping[str, Any]) -> State:
 
 def _sound(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"{name} is {_an(type(value).__name__)}, expected a tensor")
+        raise CheckpointError(f"{name} is {a(type(value).__name__)}, expected a tensor")
     if value.layout != torch.strided or value.is_quantized or not value.is_floating_point():
         raise CheckpointError(f"{name} is of type {value.dtype}, expected floats")
     shape = tuple(value.shape)
+    if value.is_meta:
+        raise CheckpointError(f"{name} was saved without values, on the meta device")
     if value.numel() == 0:
         raise CheckpointError(f"{name} is empty, of shape {shape}")
     stored = value.untyped_storage().nbytes()
     if value.numel() * value.element_size() > stored:
         raise CheckpointError(f"{name} claims the shape {shape}, of which the file holds {stored} bytes")
-    value = value.detach().to(torch.float32).contiguous()
-    low, high = value.aminmax()
+    weights: Tensor = value.detach().to(torch.float32).contiguous()
+    low, high = weights.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):  # NaN comes through as both
         raise CheckpointError(f"{name} holds NaN or infinite values; the training went wrong, or the file is damaged")
-    return value
+    return weights
