@@ -180,12 +180,13 @@ def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[
     check_flags(flags, {**known, **told})
     if known["prediction"] == "flow" and known["scaled"]:
         raise SpecError("--scaled: the input of a flow model is never scaled; leave it out")
-    learned_variance = bool(args.get("learn_sigma", False))
+    if "guided_channels" in known:
+        known["guided_channels"] = min(known["guided_channels"], module.input_dims[0])
     spec = ModelSpec(
         family=family.name,
         shape=module.input_dims,
         num_classes=args.get("num_classes", 0),
-        learned_variance=learned_variance,
+        learned_variance=bool(args.get("learn_sigma", False)),
         architecture=args,
         **{name: value for name, value in known.items() if name in ModelSpec.__struct_fields__},
     )

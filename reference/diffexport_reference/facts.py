@@ -44,9 +44,9 @@ class Given(msgspec.Struct, frozen=True):
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("heads", self.heads), ("image_size", self.image_size)):
-            if value is not None and value < 1:
-                raise SpecError(f"{FLAGS[name]} {value}: expected at least 1")
+        for flag, number in (("--heads", self.heads), ("--image-size", self.image_size)):
+            if number is not None and number < 1:
+                raise SpecError(f"{flag} {number}: expected at least 1")
         for flag, value, known in (
             ("--prediction", self.prediction, get_args(Prediction)),
             ("--schedule", self.schedule, tuple(DEFAULT_SCHEDULES)),

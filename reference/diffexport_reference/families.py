@@ -285,7 +285,7 @@ FAMILIES: tuple[Family, ...] = (
         asks=(Ask("num_heads", "heads", _divisor("x_embedder.proj.weight")),),
         facts={
             "prediction": "eps",
-            "scaled": False,
+            "scaled": True,
             "schedule": DEFAULT_SCHEDULES["ddpm"],
             "noise_input": "timestep",
             "unit_start": True,

@@ -167,8 +167,9 @@ def _dit(config: TrainConfig, data: LoadedData) -> Network:
         "head_dim": width // config.heads,
         "num_heads": config.heads,
     }
-    module = _modified(DiT, config)(**args, **_embedders(config, data, width))
-    return Network(module, "DiT", args, _spec("DiT", config, data))
+    embedders = _embedders(config, data, width)
+    module = _modified(DiT, config)(**args, **embedders)
+    return Network(module, "DiT", args | _named(embedders, data), _spec("DiT", config, data))
 
 
 def _unet(config: TrainConfig, data: LoadedData) -> Network:
@@ -190,8 +191,9 @@ def _unet(config: TrainConfig, data: LoadedData) -> Network:
         "ch_mult": config.channel_mult,
         "num_res_blocks": depth,
     }
-    module = _modified(Unet, config)(**args, **_embedders(config, data, 4 * width))
-    return Network(module, "Unet", args, _spec("U-Net", config, data))
+    embedders = _embedders(config, data, 4 * width)
+    module = _modified(Unet, config)(**args, **embedders)
+    return Network(module, "Unet", args | _named(embedders, data), _spec("U-Net", config, data))
 
 
 def _mlp(config: TrainConfig, data: LoadedData) -> Network:
@@ -202,7 +204,7 @@ def _mlp(config: TrainConfig, data: LoadedData) -> Network:
     if data.num_classes:
         args["num_classes"] = data.num_classes
         module = _modified(ConditionalMLP, config)(**args, dropout_prob=config.label_dropout)
-        return Network(module, "ConditionalMLP", args, _spec("MLP", config, data))
+        return Network(module, "ConditionalMLP", args, _spec("conditional MLP", config, data))
     return Network(_modified(TimeInputMLP, config)(**args), "TimeInputMLP", args, _spec("MLP", config, data))
 
 
@@ -246,6 +248,11 @@ def _embedders(config: TrainConfig, data: LoadedData, width: int) -> dict[str, n
     if data.num_classes:
         embedders["cond_embed"] = CondEmbedderLabel(width, data.num_classes, config.label_dropout)
     return embedders
+
+
+def _named(embedders: dict[str, nn.Module], data: LoadedData) -> dict[str, Any]:
+    """The embedders as plain data, the way checkpoints say them."""
+    return {"sig_embed": type(embedders["sig_embed"]).__name__, "num_classes": data.num_classes}
 
 
 def _spec(family: str, config: TrainConfig, data: LoadedData) -> ModelSpec:
