@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffexport.errors import BackendError
+from diffexport.errors import BackendError, SpecError
 
 if TYPE_CHECKING:
+    from diffexport.spec import ModelSpec
     from diffexport_reference.checkpoints import Checkpoint
 
 
@@ -24,3 +25,18 @@ def read_checkpoint(path: Path, **facts: Any) -> Checkpoint:
     from diffexport_reference.checkpoints import read_checkpoint as read
 
     return read(path, **facts)
+
+
+def read_checkpoint_of(path: Path, spec: ModelSpec) -> Checkpoint:
+    """The checkpoint that a bundle is of; what a bare state dict does not tell is taken from the bundle's spec."""
+    try:
+        return read_checkpoint(path)
+    except SpecError:
+        return read_checkpoint(
+            path,
+            heads=spec.architecture.get("num_heads"),
+            image_size=spec.shape[-1] if len(spec.shape) == 3 else None,
+            prediction=spec.prediction,
+            scaled=spec.scaled,
+            schedule=spec.schedule,
+        )

@@ -74,7 +74,7 @@ def sample(
         out = Path(f"{opened.manifest.name}.png")
     with (
         progress_bar("sampling") as progress,
-        opened.sampler(backend, **_backend_options(backend, checkpoint, threads)) as s,
+        opened.sampler(backend, **_backend_options(opened.spec, backend, checkpoint, threads)) as s,
     ):
         started = time.perf_counter()
         x = s.sample(
@@ -191,14 +191,14 @@ def _options(*, grid: str | None, guidance_interval: str | None, **numbers: floa
     return options
 
 
-def _backend_options(backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:
-    from diffexport_cli.checkpoint import read_checkpoint
+def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:
+    from diffexport_cli.checkpoint import read_checkpoint_of
 
     options: dict[str, Any] = {}
     if threads is not None:
         options["threads"] = threads
     if backend == "torch" and checkpoint is not None:
-        options["module"] = read_checkpoint(checkpoint).module
+        options["module"] = read_checkpoint_of(checkpoint, spec).module
     return options
 
 

@@ -26,13 +26,14 @@ def verify(
     Example: diffx verify dit.diffx --against dit.pt
     """
     from diffexport.backends import BACKENDS
+    from diffexport.bundle import Bundle
     from diffexport.verification import verify as verify_bundle
-    from diffexport_cli.checkpoint import read_checkpoint
+    from diffexport_cli.checkpoint import read_checkpoint_of
     from diffexport_cli.output import find_bundle, print_json
 
     path = find_bundle(bundle)
     with progress_bar("verifying") as progress:
-        found = read_checkpoint(against) if against is not None else None
+        found = read_checkpoint_of(against, Bundle.open(path).spec) if against is not None else None
         usable = [name for name, entry in BACKENDS.items() if entry.installed and (name != "torch" or found)]
         findings = verify_bundle(
             path,
