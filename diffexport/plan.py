@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.errors import PlanError
-from diffexport.samplers import SAMPLERS, Update, ddpm_learned
+from diffexport.samplers import SAMPLERS, Update, ddpm_large, ddpm_learned
 from diffexport.schedules import schedule_sigmas
 from diffexport.spec import ModelSpec
 
@@ -139,8 +139,10 @@ def make_plan(
         raise PlanError(f"eta {settings['eta']:g}: expected 0 or more")
     if spec.prediction == "flow" and (settings.get("eta") or settings.get("mu")):
         raise PlanError(f"sampler {sampler!r} with added noise is not defined for a flow model; leave eta and mu at 0")
-    rows_of = ddpm_learned if sampler == "ddpm" and spec.learned_variance else entry.rows
-    updates = rows_of(levels.tolist(), **({} if rows_of is ddpm_learned else settings))
+    if sampler == "ddpm" and spec.variance != "small":
+        updates = {"large": ddpm_large, "learned": ddpm_learned}[spec.variance](levels.tolist())
+    else:
+        updates = entry.rows(levels.tolist(), **settings)
     x_scale = float(np.hypot(1.0, levels[0]) if spec.unit_start else levels[0])
     rows = _table(spec, updates, guidance_scale, guidance_interval)
     return Plan(rows, x_scale, np.array([update.sigma for update in updates]))

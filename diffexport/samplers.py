@@ -68,6 +68,14 @@ def ddpm_learned(sigmas: Sequence[float]) -> list[Update]:
     return updates
 
 
+def ddpm_large(sigmas: Sequence[float]) -> list[Update]:
+    """DDPM with the larger variance, beta of the process that visits ``sigmas`` alone: Ho et al. 2020, section 3.2."""
+    return [
+        Update(sigma=u.sigma, x_x=u.x_x, x_d=u.x_d, x_z=u.x_z * math.exp(u.v_z))  # V = +1
+        for u in ddpm_learned(sigmas)
+    ]
+
+
 def accelerated(sigmas: Sequence[float], gam: float = 2.0, mu: float = 0.0) -> list[Update]:
     """smalldiffusion's family: Permenter & Yuan 2024, Algorithm 2; gam above 1 extrapolates the last two estimates.
 

@@ -13,6 +13,7 @@ from diffexport.errors import ShapeError, SpecError
 from diffexport.schedules import Schedule
 
 Prediction = Literal["eps", "x0", "v", "flow"]
+Variance = Literal["small", "large", "learned"]
 Spacing = Literal["trailing", "respaced"]
 
 
@@ -43,8 +44,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Which steps of the schedule a run of fewer steps visits."""
     guided_channels: int | None = None
     """Guidance acts on the first so many channels of the output; None means on all predicted channels."""
-    learned_variance: bool = False
-    """The output has 2C channels, the second half interpolating the log variance (Nichol & Dhariwal 2021, Eq. 15)."""
+    variance: Variance = "small"
+    """Noise of DDPM: of the posterior's variance, of beta, or learned; where learned, the output has 2C channels, the
+    second half interpolating the log variance between those two (Nichol & Dhariwal 2021, Eq. 15)."""
     clip: float | None = None
     """The denoised estimate is clamped to [-clip, clip]."""
     label_names: tuple[str, ...] = ()
@@ -72,6 +74,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def conditional(self) -> bool:
         return self.num_classes > 0
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.variance == "learned"
 
     @property
     def null_label(self) -> int:

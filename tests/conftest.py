@@ -55,7 +55,7 @@ def _toys():
                 family="toy variance",
                 prediction="eps",
                 schedule=ddpm,
-                learned_variance=True,
+                variance="learned",
                 guided_channels=1,
                 clip=1.5,
                 noise_input="timestep",

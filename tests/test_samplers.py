@@ -157,7 +157,7 @@ def test_every_sampler_is_finite_and_exact_for_data_at_one_point(name, steps):
 
 def test_learned_variance_lies_between_the_two_it_interpolates():
     """V = -1 gives DDPM's posterior variance, V = +1 that of beta (Nichol & Dhariwal 2021, Eq. 15)."""
-    spec = spec_of("eps", learned_variance=True, unit_start=True, spacing="respaced")
+    spec = spec_of("eps", variance="learned", unit_start=True, spacing="respaced")
     rows = make_plan(spec, "ddpm", 10).rows
     smaller = make_plan(spec_of("eps", unit_start=True, spacing="respaced"), "ddpm", 10).rows
     x_z, v_z = (rows[:, COLUMNS.index(name)] for name in ("x_z", "v_z"))
@@ -167,3 +167,5 @@ def test_learned_variance_lies_between_the_two_it_interpolates():
     beta = 1 - (1 + n**2) / (1 + s**2)
     np.testing.assert_allclose(x_z[:-1] * np.exp(v_z[:-1]), np.sqrt(beta * (1 + n**2)), rtol=1e-9)
     assert x_z[-1] == 0
+    large = make_plan(spec_of("eps", variance="large", unit_start=True, spacing="respaced"), "ddpm", 10).rows
+    np.testing.assert_allclose(large[:-1, COLUMNS.index("x_z")], np.sqrt(beta * (1 + n**2)), rtol=1e-9)

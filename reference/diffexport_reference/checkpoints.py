@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from diffexport.errors import CheckpointError, SpecError
 from diffexport.files import replacing_file
 from diffexport.schedules import Schedule
-from diffexport.spec import ModelSpec
+from diffexport.spec import ModelSpec, Variance
 from diffexport_reference.facts import FLAGS, FLOW_FACTS, SPEC_FLAGS, Facts, check_flags, facts_beside, given_facts
 from diffexport_reference.families import Args, Family, Shapes, by_class, recognise
 from diffexport_reference.weights import State, a, read_content, select_state, sound_state
+
+_VARIANCES: dict[bool | None, Variance] = {None: "small", False: "large", True: "learned"}
+"""What an official DiT's ``learn_sigma`` means for DDPM; other families have no such choice."""
 
 FORMAT = "diffexport.checkpoint"
 VERSION = 1
@@ -186,7 +189,7 @@ def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[
         family=family.name,
         shape=module.input_dims,
         num_classes=args.get("num_classes", 0),
-        learned_variance=bool(args.get("learn_sigma", False)),
+        variance=_VARIANCES[args.get("learn_sigma")],
         architecture=args,
         **{name: value for name, value in known.items() if name in ModelSpec.__struct_fields__},
     )

@@ -37,6 +37,7 @@ from diffexport_reference.recipe import (
 )
 
 REPORT_EVERY = 10
+MEAN_OVER = 100
 LOG_EVERY = 50
 STATE_FORMAT = "diffexport.training"
 
@@ -164,6 +165,7 @@ class _Run:
         self.up_to = torch.tensor(np.cumsum(weights))  # (levels,): how often a level up to this one is drawn
         self.module.to(accelerator.device)
         self.averaged = [p.detach().clone() for p in self.module.parameters()]
+        self.recent: list[Tensor] = []  # losses of the last steps
         if self.total == 0:
             return
         optimizer = torch.optim.AdamW(
@@ -178,22 +180,21 @@ class _Run:
         if self.total == 0:
             return None
         self.loss.train()
-        recent: list[Tensor] = []
         mean = math.nan
         for step in range(first, self.total):
-            recent.append(self._step(step))
+            self.recent.append(self._step(step))
             done = step + 1
             last = done == self.total
             if done % REPORT_EVERY and done % save_every and not last:
                 continue
-            mean = self._mean_loss(recent, done)
+            mean = self._mean_loss(done)
             if progress is not None and self.main:
                 progress(Progress(done, self.total, mean, self._lr(step)))
             if done % LOG_EVERY == 0 or last:
                 lines.write({"step": done, "loss": round(mean, 6), "lr": round(self._lr(step), 9)})
             if done % save_every == 0 and not last:
                 self._save(done)
-            recent = recent[-REPORT_EVERY * 10 :]
+            self.recent = self.recent[-MEAN_OVER:]
         return mean
 
     def _step(self, step: int) -> Tensor:
@@ -242,8 +243,8 @@ class _Run:
         warm = min(1.0, (step + 1) / (self.config.warmup + 1))
         return self.config.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.total))
 
-    def _mean_loss(self, recent: list[Tensor], done: int) -> float:
-        mean = float(self.accelerator.reduce(torch.stack(recent).mean(), reduction="mean"))
+    def _mean_loss(self, done: int) -> float:
+        mean = float(self.accelerator.reduce(torch.stack(self.recent).mean(), reduction="mean"))
         if not math.isfinite(mean):
             raise DiffexportError(
                 f"the loss became {mean} before step {done}; train again with a smaller --lr (it was {self.config.lr:g})"
@@ -262,6 +263,7 @@ class _Run:
                     "model": self.module.state_dict(),
                     "averaged": self.averaged,
                     "optimizer": self.optimizer.state_dict(),
+                    "recent": torch.stack(self.recent),
                 },
                 work,
             )
@@ -277,7 +279,7 @@ class _Run:
         again = "give --restart to begin again, or another --out"
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            saved = dict(state["config"])
+            saved, recent = dict(state["config"]), list(state["recent"])
         except Exception as e:  # PyTorch has a different exception for every kind of damage
             raise CheckpointError(f"{self.path}: not a state of training ({type(e).__name__}); {again}") from e
         now = self._identity()
@@ -292,6 +294,7 @@ class _Run:
         for target, value in zip(self.averaged, state["averaged"], strict=True):
             target.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.recent = [loss.to(self.accelerator.device) for loss in recent[-MEAN_OVER:]]
         return int(state["step"])
 
     def _identity(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def official_spec(case, network):
         unit_start=True,
         spacing="respaced",
         guided_channels=3,
-        learned_variance=case.get("learn_sigma", True),
+        variance="learned" if case.get("learn_sigma", True) else "large",
     )
 
 
