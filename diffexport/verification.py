@@ -137,7 +137,8 @@ def _against(
     from diffexport.exporter.write import weights_digest
 
     manifest = bundle.manifest
-    differing = [name for name in spec.__struct_fields__ if getattr(spec, name) != getattr(manifest.model, name)]
+    told = [name for name in spec.__struct_fields__ if name != "architecture"]
+    differing = [name for name in told if getattr(spec, name) != getattr(manifest.model, name)]
     facts = (
         Finding("facts of the checkpoint", True, "are those of the manifest")
         if not differing

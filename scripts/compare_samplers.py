@@ -88,10 +88,10 @@ def main(bundle: str, out: str) -> None:
     text = [
         "# Samplers on the digits model",
         "",
-        "Written by `scripts/compare-samplers`: 1,000 samples of `models/digits.pt`, 100 a class, seed 0, with ONNX Runtime.",
+        "Written by `scripts/compare-samplers`: 1,000 samples of `models/digits.pt`, 100 a class, seed 0, ONNX Runtime.",
         "*Recognised* is the part that a support vector machine fitted on real digits names rightly (it names "
         f"{100 * by.held_out_accuracy:.1f} % of held-out real digits). *Spread* is the samples' spread within a class over "
-        "the real digits', 1 being right. *Distance* is the Frechet distance to the real digits over 32 principal components; "
+        "the real digits', 1 being right. *Distance* is the Frechet distance to them over 32 principal components; "
         f"two halves of the real digits are {statistics.floor():.3f} apart. Times are of one run on a shared machine.",
         "",
         "## Without guidance",

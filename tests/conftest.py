@@ -1,5 +1,7 @@
 """Small networks with random weights, and bundles of them, for tests that need any model at all."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 import diffexport
 from diffexport.schedules import DEFAULT_SCHEDULES
 from diffexport.spec import ModelSpec
+from diffexport_cli.app import main
 
 torch.set_num_threads(1)
 
@@ -102,3 +105,20 @@ def toy_bundle(toy, tmp_path_factory):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def diffx(capsys, monkeypatch, tmp_path):
+    """``diffx(*words)`` runs a command in an empty folder and gives its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["diffx", *map(str, words)])
+        try:
+            main()
+            status = 0
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        return status, *capsys.readouterr()
+
+    return run

@@ -9,34 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from diffexport_cli.app import main
-
-
-@pytest.fixture
-def diffx(capsys, monkeypatch, tmp_path):
-    """``diffx(*words)`` runs a command in an empty folder and gives its exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["diffx", *map(str, words)])
-        try:
-            main()
-            status = 0
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def assert_refused(result, message, status=1):
-    """One clear line on stderr, nothing on stdout, a status that is not 0."""
-    code, out, err = result
-    assert (code, out) == (status, "")
-    assert err.count("\n") == 1
-    assert err.startswith("diffx: error: ")
-    assert message in err
+from refusals import assert_refused
 
 
 def test_sample_writes_a_picture_and_arrays(diffx, toy_bundle):
@@ -131,7 +104,7 @@ def test_inspect_and_plan_and_doctor_report(diffx, toy_bundle):
     assert json.loads(diffx("inspect", path, "--json")[1])["manifest"]["model"]["family"] == "toy variance"
     table = json.loads(diffx("plan", path, "--sampler", "heun", "--steps", 3, "--json")[1])
     assert len(table["rows"]) == 5  # the last step ends at 0, where Heun needs no second evaluation
-    assert diffx("plan", path, "--steps", 3)[1].count("\n") == 5
+    assert diffx("plan", path, "--steps", 3)[1].count("\n") == 6
     assert "dpmpp-2m" in diffx("plan", "--list")[1]
     status, out, _ = diffx("doctor", path)
     assert status == 0

@@ -64,10 +64,11 @@ def sample(
     """
     from diffexport.bundle import Bundle
     from diffexport_cli.output import find_bundle, print_json
+    from diffexport_cli.plan import plan_options
 
     opened = Bundle.open(find_bundle(bundle))
     wanted = _labels(opened.spec, labels, num, per_label)
-    options = _options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
+    options = plan_options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
     plan = opened.plan(sampler, steps, guidance_scale, **options)
     frames = _Frames(opened.spec, plan, trajectory) if trajectory is not None else None
     if out is None and npz is None and frames is None:
@@ -171,24 +172,6 @@ def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int |
     if num is None and text is None:
         num = min(spec.num_classes, 16)
     return given if num is None else [given[k % len(given)] for k in range(num)]
-
-
-def _options(*, grid: str | None, guidance_interval: str | None, **numbers: float | None) -> dict[str, Any]:
-    """The keyword arguments of ``make_plan`` that were given."""
-    from diffexport.errors import PlanError
-
-    options: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
-    try:
-        if grid is not None:
-            options["grid"] = [float(level) for level in grid.split(",")] if "," in grid else grid
-        if guidance_interval is not None:
-            low, high = guidance_interval.split(":")
-            options["guidance_interval"] = (float(low), float(high))
-    except ValueError:
-        raise PlanError(
-            "--grid takes a name or falling numbers 10,5,1,0; --guidance-interval takes LOW:HIGH, such as 0.3:5"
-        ) from None
-    return options
 
 
 def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:

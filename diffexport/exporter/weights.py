@@ -34,7 +34,7 @@ def write_weights(model: onnx_ir.Model, path: Path) -> onnx.GraphProto:
             align = _PAGE if tensor.nbytes >= _PAGE else _ALIGN
             file.write(b"\0" * (-file.tell() % align))
             offset = file.tell()
-            np.ascontiguousarray(tensor.numpy()).tofile(file)
+            file.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
             assert file.tell() - offset == tensor.nbytes
             value.const_value = onnx_ir.ExternalTensor(
                 path.name,

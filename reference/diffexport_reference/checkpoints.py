@@ -124,7 +124,7 @@ def save_checkpoint(
         "format": FORMAT,
         "version": VERSION,
         "model": {"class": model_class, "args": _plain(args)},
-        "spec": _plain(msgspec.to_builtins(spec)),
+        "spec": _plain(_told(spec)),
         "state_dict": {name: value.detach().cpu().clone() for name, value in state_dict.items()},
         "training": _plain(training),
     }
@@ -133,6 +133,12 @@ def save_checkpoint(
             torch.save(content, work)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _told(spec: ModelSpec) -> dict[str, Any]:
+    """The facts that are not the default ones, so that a field added later does not make the file unreadable."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(ModelSpec)}
+    return {name: value for name, value in msgspec.to_builtins(spec).items() if getattr(spec, name) != defaults[name]}
 
 
 def _plain(value: Any) -> Any:

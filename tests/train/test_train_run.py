@@ -102,7 +102,7 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_log(tmp_path, conf
 
 def test_kill_minus_nine_leaves_a_state_that_continues_to_the_same_weights(tmp_path):
     out = tmp_path / "a.pt"
-    options = "--width 16 --depth 1 --heads 2 --steps 300 --batch-size 16 --threads 1 --save-every 20"
+    options = "--width 16 --depth 1 --heads 2 --steps 200 --batch-size 16 --threads 1 --save-every 20"
     command = [sys.executable, "-c", "from diffexport_cli.app import main; main()", "train", "digits", *options.split()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([*command, "--out", str(out)], env=environment, stderr=subprocess.PIPE)

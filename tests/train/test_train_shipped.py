@@ -34,13 +34,12 @@ def model():
     return model.eval(), Schedule(torch.tensor(schedule_sigmas(spec.schedule)))
 
 
-def _draw(model, schedule, cfg_scale, *, seed=0, **sampler):
-    """1,000 samples, 100 a class, in 20 evaluations of the network, (1000, 64)."""
-    sigmas = schedule.sample_sigmas(20)
-    assert len(sigmas) == 21
+def _draw(model, schedule, cfg_scale, *, seed=0):
+    """1,000 samples, 100 a class, by DDIM in 20 evaluations of the network, two a step with guidance, (1000, 64)."""
+    sigmas = schedule.sample_sigmas(10 if cfg_scale else 20)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        *_, x = samples(model, sigmas, cfg_scale=cfg_scale, batchsize=1000, cond=LABELS, **sampler)
+        *_, x = samples(model, sigmas, cfg_scale=cfg_scale, batchsize=1000, cond=LABELS)
     return x.reshape(1000, 64).numpy()
 
 

@@ -1,0 +1,165 @@
+"""``diffx export`` as its user meets it: bad input leaves one line and nothing else, and large weights work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from refusals import assert_refused
+from safetensors.torch import save_file
+
+import diffexport
+from diffexport.schedules import DEFAULT_SCHEDULES
+from diffexport.spec import ModelSpec
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "models" / "digits.pt"
+MLP = ROOT / "tests" / "oracles" / "sd_mlp.safetensors"
+
+
+class Evil:
+    """A pickle that would make a file when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def make_bad(kind, path):
+    if kind == "truncated":
+        path.write_bytes(DIGITS.read_bytes()[:100_000])
+    elif kind == "text":
+        path.write_text("no weights here")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "evil":
+        torch.save({"state_dict": Evil()}, path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "unknown":
+        torch.save({"layer.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)}, path)
+    elif kind == "nan":
+        content = torch.load(DIGITS, weights_only=True)
+        content["state_dict"]["x_embed.proj.weight"][0] = float("nan")
+        torch.save(content, path)
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("missing", "bad.pt"),
+    ("truncated", "bad.pt"),
+    ("text", "bad.pt"),
+    ("empty", "bad.pt"),
+    ("folder", "bad.pt"),
+    ("evil", "code"),
+    ("unknown", "layer.weight"),
+    ("nan", "x_embed.proj.weight"),
+])  # fmt: skip
+def test_bad_checkpoints_are_one_line_and_leave_nothing(diffx, tmp_path, kind, message):
+    make_bad(kind, tmp_path / "bad.pt")
+    before = sorted(tmp_path.iterdir())
+    assert_refused(diffx("export", "bad.pt"), message)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_facts_that_weights_do_not_tell_are_asked_for_by_flag(diffx, tmp_path):
+    shutil.copy(MLP, tmp_path / "mlp.safetensors")
+    result = diffx("export", "mlp.safetensors")
+    assert_refused(result, "--prediction")
+    assert "--schedule" in result[2]
+    assert "--scaled" in result[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.safetensors"]
+    status, out, _ = diffx(
+        "export", "mlp.safetensors", "--prediction", "eps", "--no-scaled", "--schedule", "ddpm", "--max-batch", "2"
+    )
+    assert (status, "wrote mlp.diffx" in out) == (0, True)
+    (tmp_path / "mlp.json").write_text(json.dumps({"prediction": "eps", "scaled": False, "schedule": "ddpm"}))
+    assert diffx("export", "mlp.safetensors", "--out", "again.diffx", "--max-batch", "2")[0] == 0
+    for name in ("weights.bin", "step.onnx", "golden.safetensors"):
+        assert (tmp_path / "again.diffx" / name).read_bytes() == (tmp_path / "mlp.diffx" / name).read_bytes()
+    assert diffx("verify", "mlp.diffx", "--against", "mlp.safetensors")[0] == 0
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--prediction", "noise"), "--prediction noise"),
+    (("--heads", "3"), "--heads 3"),
+    (("--max-batch", "0"), "max_batch 0"),
+    (("--plan", "ddim"), "NAME:STEPS"),
+    (("--sampler", "dimm"), "did you mean 'ddim'"),
+    (("--steps", "0"), "steps 0"),
+    (("--out", "/dev/null/x.diffx"), "/dev/null"),
+])  # fmt: skip
+def test_bad_options_are_one_line_and_leave_nothing(diffx, tmp_path, words, message):
+    assert_refused(diffx("export", DIGITS, *words), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """A real one: a file system of 2 MB, mounted for this process alone."""
+    script = (
+        f"mount -t tmpfs -o size=2m tmpfs {tmp_path} && cd {tmp_path} && "
+        f"{Path(sys.executable).with_name('diffx')} export {DIGITS}; status=$?; ls -A {tmp_path}; exit $status"
+    )
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "digits.diffx: cannot be written (No space left on device)" in done.stderr
+
+
+def test_the_data_itself_is_a_model_whose_answer_is_known(diffx, tmp_path):
+    """``--model ideal`` stores the data set; samples of its graph are its data."""
+    data = np.random.default_rng(0).choice([-1.0, 1.0], (6, 1, 4, 4)).astype(np.float32)
+    np.savez("data.npz", x=data)
+    assert diffx("train", "data.npz", "--model", "ideal", "--layout", "nchw", "--out", "ideal.pt")[0] == 0
+    assert diffx("export", "ideal.pt", "--max-batch", "4")[0] == 0
+    assert (
+        diffx("sample", "ideal.diffx", "--num", "12", "--sampler", "dpmpp-2m", "--grid", "karras", "--npz", "x.npz")[0]
+        == 0
+    )
+    x = np.load("x.npz")["x"]
+    distances = np.abs(x[:, None] - data[None]).max((2, 3, 4)).min(1)
+    assert distances.max() < 1e-2
+
+
+class Large(torch.nn.Module):
+    """2.2 GB of weights, of which a step reads all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(8, 23_500)
+        self.middle = torch.nn.Linear(23_500, 23_500)
+        self.last = torch.nn.Linear(23_500, 8)
+
+    def forward(self, x, c_noise):
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x / (1 + c_noise[:, None]))))))
+
+
+@pytest.mark.slow
+def test_weights_over_two_gigabytes_work(tmp_path):
+    """Past the limit of one protobuf message, through all graphs of the bundle."""
+    torch.manual_seed(0)
+    module = Large().eval().requires_grad_(False)
+    spec = ModelSpec(family="large", shape=(8,), prediction="x0", schedule=DEFAULT_SCHEDULES["ddpm"])
+    bundle = diffexport.export(module, spec, tmp_path / "large.diffx", max_batch=2)
+    assert (bundle.path / "weights.bin").stat().st_size > 2**31
+    assert bundle.certificate().passed
+    shutil.rmtree(bundle.path)
+
+
+def test_safetensors_with_prefixes_are_read(diffx, tmp_path):
+    """Wrappers of training leave their names before every key; they are taken off and said."""
+    content = torch.load(DIGITS, weights_only=True)
+    state = {f"module.{name}": value.float() for name, value in content["state_dict"].items()}
+    save_file(state, tmp_path / "dit.safetensors")
+    spec = content["spec"]["schedule"]
+    facts = {"heads": 4, "prediction": "v", "scaled": True, "schedule": spec}
+    (tmp_path / "dit.json").write_text(json.dumps(facts))
+    status, out, _ = diffx("export", "dit.safetensors", "--max-batch", "2")
+    assert status == 0
+    assert "module." in out
+    assert diffx("verify", "dit.diffx", "--against", DIGITS)[0] == 0
