@@ -107,10 +107,24 @@ def _max_abs(found: Array, expected: Array) -> float:
     return float(np.max(np.abs(found.astype(np.float64) - expected)))
 
 
+def severity(m: Measurement) -> float:
+    """How much of its limit a measurement uses, above 1 where it failed."""
+    if math.isnan(m.relative_l2):
+        return math.inf
+    if _held_by_psnr(m):
+        return m.limit / m.psnr if m.psnr else 0.0
+    return m.relative_l2 / m.limit
+
+
+def _held_by_psnr(m: Measurement) -> bool:
+    """Limits of relative L2 lie below 1, limits in dB above."""
+    return m.limit > 1
+
+
 def describe(m: Measurement) -> str:
     """A measurement in one line."""
     shown = f"relative L2 {m.relative_l2:.1e}, largest difference {m.max_abs:.1e}"
-    if m.limit > 1 and m.psnr is not None:
+    if _held_by_psnr(m) and m.psnr is not None:
         return f"{m.check}, batch {m.batch}: PSNR {m.psnr:.1f} dB (limit {m.limit:g}), {shown}"
     return f"{m.check}, batch {m.batch}: {shown} (limit {m.limit:g})"
 
@@ -123,7 +137,7 @@ def check(measurements: Sequence[Measurement]) -> None:
     """
     failed = [m for m in measurements if not m.passed]
     if failed:
-        worst = max(failed, key=lambda m: math.inf if math.isnan(m.relative_l2) else m.relative_l2 / m.limit)
+        worst = max(failed, key=severity)
         raise ParityError(f"{len(failed)} of {len(measurements)} parity checks failed; the worst is {describe(worst)}")
 
 
@@ -237,7 +251,7 @@ def compare(
     jobs = list(_jobs(spec, scope, defaults))
     done = 0
     total = sum(job.cost for job in jobs)
-    expected: tuple[Array, ...] = ()
+    expected: tuple[Array, ...] = (np.empty(0, np.float32),)
     for job in jobs:
         if progress is not None:
             progress(f"comparing with PyTorch: {job.name}", done / total)

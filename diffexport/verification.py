@@ -12,7 +12,7 @@ import numpy as np
 from diffexport.backends import open_session
 from diffexport.bundle import Bundle, Measurement, Tensors
 from diffexport.errors import BackendError, BundleError, DiffexportError, PlanError
-from diffexport.parity import Progress, check_golden, compare, describe, scope_of
+from diffexport.parity import Progress, check_golden, compare, describe, scope_of, severity
 from diffexport.plan import make_plan
 from diffexport.spec import ModelSpec
 
@@ -175,4 +175,4 @@ def _finding(name: str, measurements: Sequence[Measurement]) -> Finding:
 def _worst(measurements: Sequence[Measurement]) -> str:
     if not measurements:
         return "no measurement was kept"
-    return "worst " + describe(max(measurements, key=lambda m: np.inf if np.isnan(m.relative_l2) else m.relative_l2))
+    return "worst " + describe(max(measurements, key=severity))

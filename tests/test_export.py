@@ -157,7 +157,7 @@ def test_safetensors_with_prefixes_are_read(diffx, tmp_path):
     state = {f"module.{name}": value.float() for name, value in content["state_dict"].items()}
     save_file(state, tmp_path / "dit.safetensors")
     spec = content["spec"]["schedule"]
-    facts = {"heads": 4, "prediction": "v", "scaled": True, "schedule": spec}
+    facts = {"heads": 4, "prediction": "v", "scaled": True, "schedule": spec, "label_names": list("0123456789")}
     (tmp_path / "dit.json").write_text(json.dumps(facts))
     status, out, _ = diffx("export", "dit.safetensors", "--max-batch", "2")
     assert status == 0

@@ -28,9 +28,11 @@ def size_of(folder: Path) -> str:
 
 
 def worst_of(measurements: Sequence[Measurement], *, runs: bool) -> Measurement:
-    """The largest relative error among single steps or whole runs."""
+    """The measurement nearest to its limit among single steps or whole runs."""
+    from diffexport.parity import severity
+
     kind = [m for m in measurements if (m.psnr is not None) == runs]
-    return max(kind or measurements, key=lambda m: m.relative_l2)
+    return max(kind or measurements, key=severity)
 
 
 def find_bundle(given: Path | None) -> Path:
