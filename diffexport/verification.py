@@ -11,8 +11,10 @@ import numpy as np
 
 from diffexport.backends import open_session
 from diffexport.bundle import Bundle, Measurement, Tensors
+from diffexport.comparison import Progress, compare, scope_of
 from diffexport.errors import BackendError, BundleError, DiffexportError, PlanError
-from diffexport.parity import Progress, check_golden, compare, describe, scope_of, severity
+from diffexport.golden import check_golden
+from diffexport.parity import describe, severity
 from diffexport.plan import make_plan
 from diffexport.spec import ModelSpec
 

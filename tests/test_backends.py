@@ -7,8 +7,9 @@ import torch
 from diffexport.backends import BACKENDS, open_session
 from diffexport.backends.onnxruntime import run_graph
 from diffexport.errors import BackendError
-from diffexport.parity import check_labels, mixing_row, relative_l2
+from diffexport.parity import relative_l2
 from diffexport.plan import COLUMNS, denoise_rows
+from diffexport.probes import mixing_row, probe_labels
 
 TOY_NAMES = ["plain", "variance", "flow", "points"]
 
@@ -55,7 +56,7 @@ def test_a_step_is_the_definition(open_backend, toy, rng, name, weight):
     session = open_backend(name)
     for batch in (1, 2, 5):
         x, h, z = rng.standard_normal((3, batch, *spec.shape)).astype(np.float32)
-        label = check_labels(spec, batch)
+        label = probe_labels(spec, range(batch))
         row = mixing_row(spec, 0.5, weight)
         session.begin(x, label, h)
         session.step(row, z)
@@ -69,7 +70,7 @@ def test_the_definition_would_see_swapped_guidance(open_backend, toy, rng):
     """The contract above fails when conditioned and unconditioned halves change places."""
     module, spec = toy("plain")
     x, h, z = rng.standard_normal((3, 2, *spec.shape)).astype(np.float32)
-    row, label = mixing_row(spec, 0.5, 2.5), check_labels(spec, 2)
+    row, label = mixing_row(spec, 0.5, 2.5), probe_labels(spec, range(2))
     session = open_backend("plain")
     session.begin(x, label, h)
     session.step(row, z)
@@ -81,7 +82,7 @@ def test_state_stays_between_steps_and_starts_anew(open_backend, toy, rng):
     module, spec = toy("plain")
     session = open_backend("plain")
     x, h, z = rng.standard_normal((3, 3, *spec.shape)).astype(np.float32)
-    label = check_labels(spec, 3)
+    label = probe_labels(spec, range(3))
     rows = [mixing_row(spec, sigma, weight) for sigma, weight in ((5.0, 2.0), (2.0, 1.0), (0.7, 2.0))]
     session.begin(x, label, h)
     wanted = (x, h)
@@ -99,7 +100,7 @@ def test_results_do_not_share_memory_with_the_session(open_backend, toy, rng):
     _, spec = toy("plain")
     session = open_backend("plain")
     x = rng.standard_normal((2, *spec.shape)).astype(np.float32)
-    session.begin(x, check_labels(spec, 2))
+    session.begin(x, probe_labels(spec, range(2)))
     row = denoise_rows(spec, [1.0])[0].astype(np.float32)
     session.step(row)
     kept = session.state()[0]
@@ -115,7 +116,7 @@ def test_the_denoiser_graph_takes_a_noise_level_for_each_sample(toy, toy_bundle,
     sigma = np.array([0.02, 0.3, 0.9, 1.0] if name == "flow" else [0.02, 0.5, 7.0, 150.0], np.float32)
     x = rng.standard_normal((4, *spec.shape)).astype(np.float32)
     guidance = np.array([1.0, 2.0, 0.0, 4.0], np.float32)
-    label = check_labels(spec, 4)
+    label = probe_labels(spec, range(4))
     feeds = {"x": x, "sigma": sigma, "guidance": guidance} | ({} if label is None else {"label": label})
     found = run_graph(bundle.graph("denoiser"), feeds)["denoised"]
     for k in range(4):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,16 +29,16 @@ from diffexport.bundle import (
     write_json,
     write_tensors,
 )
+from diffexport.comparison import Progress, check_denoiser, compare, scope_of
 from diffexport.errors import ExportError, ParityError
 from diffexport.files import replacing_folder
+from diffexport.golden import golden_cases
+from diffexport.parity import check
 from diffexport.plan import ready_plans
 from diffexport.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the part of the whole done so far, 0 .. 1."""
 
 
 def export(
@@ -151,20 +151,17 @@ def _certify(
     """Compare the graphs just written with the module, and record the golden cases."""
     from diffexport.backends.onnxruntime import OnnxRuntimeSession
     from diffexport.backends.torch import TorchSession
-    from diffexport.parity import check_denoiser, compare, golden_cases, scope_of
 
-    reference = TorchSession(module, spec)
+    reference, candidate = TorchSession(module, spec), OnnxRuntimeSession(spec, work)
     parameters = sum(p.numel() for p in module.parameters())
     scope = scope_of(parameters, defaults.batch, max_batch, thorough)
-    candidate = OnnxRuntimeSession(spec, work)
     comparison = compare(
         reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.4 + 0.5 * part)
     )
     candidate.close()
     report("recording golden cases", 0.9)
     write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults, comparison.final))
-    measurements = comparison.measurements
-    measurements.append(check_denoiser(reference, work / "denoiser.onnx", spec, precision))
+    measurements = [*comparison.measurements, check_denoiser(work / "denoiser.onnx", spec, comparison, precision)]
     return Certificate(
         manifest_sha256="",
         backend="ort",
@@ -175,8 +172,6 @@ def _certify(
 
 
 def _refuse(certificate: Certificate) -> None:
-    from diffexport.parity import check
-
     try:
         check(certificate.measurements)
     except ParityError as error:

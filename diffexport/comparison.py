@@ -1,0 +1,206 @@
+"""The comparison of a backend with PyTorch, over single steps, the loop in one call, the denoiser and whole runs.
+
+``reference`` is a session of the PyTorch module (``diffexport.backends.torch``), ``candidate`` any other. Both apply the
+same rows to the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffexport.backends.session import Session
+from diffexport.bundle import Defaults, Measurement, Precision, Tensors
+from diffexport.parity import measure_run, measure_step
+from diffexport.plan import denoise_rows
+from diffexport.probes import (
+    LEVELS,
+    default_plan,
+    mixing_row,
+    probe_guidance,
+    probe_labels,
+    probe_levels,
+    probe_state,
+    run_plan,
+)
+from diffexport.spec import ModelSpec
+
+Array = NDArray[np.float32]
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the part done so far, 0 .. 1."""
+
+HEAVY_PARAMETERS = 10_000_000
+"""Above this many parameters a comparison is narrowed unless all of it is asked for; see ``Scope``."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a comparison covers: batches, smallest first, and how much of it at each.
+
+    The whole comparison of a 33 M-parameter DiT takes minutes on two cores. A narrowed one covers every noise level and a
+    whole run at the smallest batch, and one guided step at the larger ones, where the largest batch repeats the samples
+    of the one before it, so that PyTorch computes each of them once.
+    """
+
+    batches: tuple[int, ...]
+    whole: bool
+
+    def batches_of_steps(self, level: int, *, guided: bool) -> tuple[int, ...]:
+        return self.batches if self.whole or (level == LEVELS // 2 and guided) else self.batches[:1]
+
+    @property
+    def batches_of_runs(self) -> tuple[int, ...]:
+        return self.batches if self.whole else self.batches[:1]
+
+    def samples(self, batch: int) -> list[int]:
+        """Indices of the samples in a batch."""
+        distinct = batch if self.whole else min(batch, self.batches[max(0, len(self.batches) - 2)])
+        return [index % distinct for index in range(batch)]
+
+
+def scope_of(parameters: int, default_batch: int, max_batch: int, whole: bool | None = None) -> Scope:
+    """The smallest, the default and the largest batch; narrowed for heavy models unless ``whole`` says otherwise."""
+    batches = tuple(sorted({1, min(default_batch, max_batch), max_batch}))
+    return Scope(batches, parameters <= HEAVY_PARAMETERS if whole is None else whole)
+
+
+@dataclass
+class Comparison:
+    """What a comparison found, and what PyTorch gave on the way.
+
+    Attributes:
+        final: PyTorch's final images of the default run, (batch, *shape).
+        denoised: PyTorch's D of sample 0 with guidance at each level, LEVELS of (1, *shape).
+    """
+
+    measurements: list[Measurement] = field(default_factory=list)
+    final: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    denoised: list[Array] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One check: what to do with a session and some samples, at which batches, and what it yields."""
+
+    name: str
+    kind: str
+    batches: tuple[int, ...]
+    run: Callable[[Session, list[int]], tuple[Array, ...]]
+    evaluations: int = 1
+
+
+def compare(
+    reference: Session,
+    candidate: Session,
+    spec: ModelSpec,
+    precision: Precision,
+    scope: Scope,
+    defaults: Defaults,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two sessions; see ``Scope``.
+
+    Single steps return the denoised estimate, with guidance and without, at each noise level; one more, at the middle
+    level, has every coefficient at work, and three rows run inside the loop graph. Samples are independent, so PyTorch
+    computes each distinct one once, for all batches.
+    """
+    result = Comparison()
+    jobs = list(_jobs(spec, scope, defaults))
+    costs = [sum(job.batches) * job.evaluations for job in jobs]
+    for index, job in enumerate(jobs):
+        if progress is not None:
+            progress(f"comparing with PyTorch: {job.name}", sum(costs[:index]) / sum(costs))
+        distinct = sorted({sample for batch in job.batches for sample in scope.samples(batch)})
+        expected = job.run(reference, distinct)
+        if job.kind == "guided":
+            result.denoised.append(expected[0][:1])
+        if job.kind == "run":
+            result.final = expected[0]
+        measure = measure_run if job.kind == "run" else measure_step
+        for batch in job.batches:
+            samples = scope.samples(batch)
+            for part, (a, b) in enumerate(zip(job.run(candidate, samples), expected, strict=True)):
+                name = job.name + (", history" if part else "")
+                result.measurements.append(measure(name, a, b[samples], precision))
+    return result
+
+
+def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults) -> Iterator[_Job]:
+    levels, w = probe_levels(spec), probe_guidance(spec)
+    for k, sigma in enumerate(map(float, levels)):
+        for kind, weight in (("guided", w), ("plain", 1.0)):
+            if kind == "plain" and not spec.conditional:
+                continue
+            row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
+            name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.conditional else "")
+            batches = scope.batches_of_steps(k, guided=kind == "guided")
+            yield _Job(name, kind, batches, _denoising(spec, row, sigma, k))
+    middle, small = float(levels[LEVELS // 2]), scope.batches[:1]
+    yield _Job(
+        f"full update at sigma {middle:.4g}", "update", small, _updating(spec, mixing_row(spec, middle, w), middle)
+    )
+    rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in ((1, w), (2, 1.0), (3, w))])
+    yield _Job("three rows in one call", "loop", small, _looping(spec, rows, float(levels[1])), len(rows))
+    plan = default_plan(spec, defaults)
+
+    def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
+        return (run_plan(session, spec, plan, len(samples)),)
+
+    yield _Job(f"{defaults.sampler}, {defaults.steps} steps", "run", scope.batches_of_runs, whole, len(plan))
+
+
+def _denoising(spec: ModelSpec, row: Array, sigma: float, draw: int) -> Callable[[Session, list[int]], tuple[Array]]:
+    """One row that returns D."""
+
+    def run(session: Session, samples: list[int]) -> tuple[Array]:
+        start = probe_state(spec, sigma, draw, samples)
+        session.begin(start.x, start.label)
+        session.step(row)
+        return (session.state()[0],)
+
+    return run
+
+
+def _updating(spec: ModelSpec, row: Array, sigma: float) -> Callable[[Session, list[int]], tuple[Array, Array]]:
+    """One row with history and noise, both results."""
+
+    def run(session: Session, samples: list[int]) -> tuple[Array, Array]:
+        start = probe_state(spec, sigma, LEVELS, samples)
+        session.begin(start.x, start.label, start.h)
+        session.step(row, start.z)
+        return session.state()
+
+    return run
+
+
+def _looping(spec: ModelSpec, rows: Array, sigma: float) -> Callable[[Session, list[int]], tuple[Array]]:
+    """Some rows by the loop inside the graph."""
+
+    def run(session: Session, samples: list[int]) -> tuple[Array]:
+        start = probe_state(spec, sigma, LEVELS + 1, samples)
+        noise = np.stack([start.z] * len(rows))
+        return (session.run(start.x, start.label, rows, noise),)
+
+    return run
+
+
+def check_denoiser(graph: Path, spec: ModelSpec, comparison: Comparison, precision: Precision) -> Measurement:
+    """The denoiser graph on one batch whose samples have all noise levels, beside PyTorch's D of each."""
+    from diffexport.backends.onnxruntime import run_graph
+
+    levels = probe_levels(spec)
+    x = np.concatenate([probe_state(spec, float(sigma), k, [0]).x for k, sigma in enumerate(levels)])
+    feeds: Tensors = {
+        "x": x,
+        "sigma": levels.astype(np.float32),
+        "guidance": np.full(len(levels), probe_guidance(spec), np.float32),
+    }
+    labels = probe_labels(spec, [0] * len(levels))
+    if labels is not None:
+        feeds["label"] = labels
+    found = run_graph(graph, feeds)["denoised"]
+    return measure_step("denoiser graph at every level", found, np.concatenate(comparison.denoised), precision)
