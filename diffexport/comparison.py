@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from diffexport.backends.session import Session
 from diffexport.bundle import Defaults, Measurement, Precision, Tensors
 from diffexport.parity import measure_run, measure_step
-from diffexport.plan import denoise_rows
+from diffexport.plan import GUIDANCE, Plan, denoise_rows
 from diffexport.probes import (
     LEVELS,
     default_plan,
@@ -33,6 +33,9 @@ Array = NDArray[np.float32]
 Progress = Callable[[str, float], None]
 """Called with what is being done and the part done so far, 0 .. 1."""
 
+DISTINCT = 4
+"""Different samples in a narrowed comparison."""
+
 HEAVY_PARAMETERS = 10_000_000
 """Above this many parameters a comparison is narrowed unless all of it is asked for; see ``Scope``."""
 
@@ -41,9 +44,9 @@ HEAVY_PARAMETERS = 10_000_000
 class Scope:
     """What a comparison covers: batches, smallest first, and how much of it at each.
 
-    The whole comparison of a 33 M-parameter DiT takes minutes on two cores. A narrowed one covers every noise level and a
-    whole run at the smallest batch, and one guided step at the larger ones, where the largest batch repeats the samples
-    of the one before it, so that PyTorch computes each of them once.
+    The whole comparison of a 33 M-parameter DiT takes minutes on two cores. A narrowed one covers every noise level and
+    the bundle's default run at the smallest batch, and one guided step at the larger ones, which repeat four samples, so
+    that PyTorch computes only these. The whole one compares every step and a run with guidance at every batch.
     """
 
     batches: tuple[int, ...]
@@ -58,8 +61,7 @@ class Scope:
 
     def samples(self, batch: int) -> list[int]:
         """Indices of the samples in a batch."""
-        distinct = batch if self.whole else min(batch, self.batches[max(0, len(self.batches) - 2)])
-        return [index % distinct for index in range(batch)]
+        return [index if self.whole else index % DISTINCT for index in range(batch)]
 
 
 def scope_of(parameters: int, default_batch: int, max_batch: int, whole: bool | None = None) -> Scope:
@@ -73,10 +75,12 @@ class Comparison:
     """What a comparison found, and what PyTorch gave on the way.
 
     Attributes:
-        final: PyTorch's final images of the default run, (batch, *shape).
+        plan: of the run that was compared.
+        final: PyTorch's final images of it, (batch, *shape).
         denoised: PyTorch's D of sample 0 with guidance at each level, LEVELS of (1, *shape).
     """
 
+    plan: Plan
     measurements: list[Measurement] = field(default_factory=list)
     final: Array = field(default_factory=lambda: np.empty(0, np.float32))
     denoised: list[Array] = field(default_factory=list)
@@ -108,8 +112,8 @@ def compare(
     level, has every coefficient at work, and three rows run inside the loop graph. Samples are independent, so PyTorch
     computes each distinct one once, for all batches.
     """
-    result = Comparison()
-    jobs = list(_jobs(spec, scope, defaults))
+    result = Comparison(default_plan(spec, defaults, guided=scope.whole))
+    jobs = list(_jobs(spec, scope, defaults, result.plan))
     costs = [sum(job.batches) * job.evaluations for job in jobs]
     for index, job in enumerate(jobs):
         if progress is not None:
@@ -129,7 +133,7 @@ def compare(
     return result
 
 
-def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults) -> Iterator[_Job]:
+def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iterator[_Job]:
     levels, w = probe_levels(spec), probe_guidance(spec)
     for k, sigma in enumerate(map(float, levels)):
         for kind, weight in (("guided", w), ("plain", 1.0)):
@@ -143,14 +147,14 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults) -> Iterator[_Job]:
     yield _Job(
         f"full update at sigma {middle:.4g}", "update", small, _updating(spec, mixing_row(spec, middle, w), middle)
     )
-    rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in ((1, w), (2, 1.0), (3, w))])
-    yield _Job("three rows in one call", "loop", small, _looping(spec, rows, float(levels[1])), len(rows))
-    plan = default_plan(spec, defaults)
+    rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in ((1, w), (2, 1.0))])
+    yield _Job("two rows in one call", "loop", small, _looping(spec, rows, float(levels[1])), len(rows))
 
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
         return (run_plan(session, spec, plan, len(samples)),)
 
-    yield _Job(f"{defaults.sampler}, {defaults.steps} steps", "run", scope.batches_of_runs, whole, len(plan))
+    guided = f", guidance {plan.rows[0, GUIDANCE]:g}" if spec.conditional else ""
+    yield _Job(f"{defaults.sampler}, {defaults.steps} steps{guided}", "run", scope.batches_of_runs, whole, len(plan))
 
 
 def _denoising(spec: ModelSpec, row: Array, sigma: float, draw: int) -> Callable[[Session, list[int]], tuple[Array]]:

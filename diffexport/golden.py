@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
-from diffexport.bundle import Defaults, Measurement, Precision, Tensors
+from diffexport.bundle import Measurement, Precision, Tensors
 from diffexport.parity import measure_run, measure_step
 from diffexport.plan import COLUMNS, Plan
 from diffexport.probes import (
-    default_plan,
     mixing_row,
     probe_guidance,
     probe_labels,
@@ -29,19 +28,21 @@ MAX_NUMBERS = 1 << 13
 """Samples of a case times their numbers; at least two samples are kept whatever their size."""
 
 
-def golden_cases(reference: Session, spec: ModelSpec, defaults: Defaults, final: Array) -> Tensors:
+def golden_cases(reference: Session, spec: ModelSpec, plan: Plan, final: Array) -> Tensors:
     """Recorded inputs and PyTorch's outputs, small enough to travel with the bundle.
 
-    ``step.K.{x,h,z,row,label}`` -> ``step.K.{x_next,h_next}``: one row at the K-th noise level, guided and plain in turn.
-    ``run.{rows,x_scale,label}`` -> ``run.x``: the default run, its noise drawn from seed 0, samples 0, 1.
+    ``step.K.{x,h,z,row,label}`` -> ``step.K.{x_next,h_next}``: one row at the K-th of three noise levels, the second
+    without guidance.
+    ``run.{rows,x_scale,label}`` -> ``run.x``: a whole run, its noise drawn from seed 0, samples 0, 1.
 
     Args:
-        final: PyTorch's final images of that run, of which the first two are kept; see ``Comparison``.
+        plan: of the run.
+        final: PyTorch's final images of it, of which the first two are kept; see ``Comparison``.
     """
     size = math.prod(spec.shape)
     batch = max(2, min(MAX_BATCH, MAX_NUMBERS // size))
     cases: Tensors = {}
-    for k, sigma in enumerate(map(float, probe_levels(spec))):
+    for k, sigma in enumerate(map(float, probe_levels(spec)[::2])):
         row = mixing_row(spec, sigma, probe_guidance(spec) if k % 2 == 0 else 1.0)
         start = probe_state(spec, sigma, k, range(batch))
         reference.begin(start.x, start.label, start.h)
@@ -51,7 +52,6 @@ def golden_cases(reference: Session, spec: ModelSpec, defaults: Defaults, final:
         cases.update({f"step.{k}.{name}": array for name, array in case.items()})
         if start.label is not None:
             cases[f"step.{k}.label"] = start.label
-    plan = default_plan(spec, defaults)
     cases["run.x"] = final[:2]
     cases["run.rows"] = plan.rows.astype(np.float32)
     cases["run.x_scale"] = np.array([plan.x_scale], np.float32)

@@ -76,10 +76,10 @@ def mixing_row(spec: ModelSpec, sigma: float, w: float) -> Array:
     return np.asarray(row, np.float32)
 
 
-def default_plan(spec: ModelSpec, defaults: Defaults) -> Plan:
-    """The run that is checked: the bundle's default one, with guidance where the model can have it."""
-    guided = probe_guidance(spec) if defaults.guidance_scale == 1 else defaults.guidance_scale
-    return make_plan(spec, defaults.sampler, defaults.steps, guided)
+def default_plan(spec: ModelSpec, defaults: Defaults, *, guided: bool) -> Plan:
+    """The bundle's default run; where ``guided``, with guidance even if the default is without."""
+    scale = probe_guidance(spec) if guided and defaults.guidance_scale == 1 else defaults.guidance_scale
+    return make_plan(spec, defaults.sampler, defaults.steps, scale)
 
 
 def run_plan(session: Session, spec: ModelSpec, plan: Plan, batch: int) -> Array:

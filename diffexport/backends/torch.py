@@ -47,7 +47,7 @@ class TorchSession:
         self._h = torch.zeros_like(self._x) if h is None else torch.from_numpy(h.astype(np.float32))
         self._label = None if label is None else torch.from_numpy(label.astype(np.int64))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, row: Array, z: Array | None = None) -> None:
         r: dict[str, torch.Tensor] = dict(zip(COLUMNS, torch.from_numpy(np.asarray(row, np.float32)), strict=True))
         x, h = self._x, self._h

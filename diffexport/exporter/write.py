@@ -160,7 +160,7 @@ def _certify(
     )
     candidate.close()
     report("recording golden cases", 0.9)
-    write_tensors(work / GOLDEN, golden_cases(reference, spec, defaults, comparison.final))
+    write_tensors(work / GOLDEN, golden_cases(reference, spec, comparison.plan, comparison.final))
     measurements = [*comparison.measurements, check_denoiser(work / "denoiser.onnx", spec, comparison, precision)]
     return Certificate(
         manifest_sha256="",
