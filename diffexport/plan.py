@@ -75,6 +75,12 @@ class Plan:
         return int(len(self.rows) + np.count_nonzero(self.rows[:, GUIDANCE] != 1))
 
     @property
+    def saved(self) -> int:
+        """Evaluations that a run with guidance does without, since some of its rows have none."""
+        guided = int(np.count_nonzero(self.rows[:, GUIDANCE] != 1))
+        return len(self.rows) - guided if guided else 0
+
+    @property
     def stochastic(self) -> bool:
         """Whether any row adds noise."""
         return bool(np.any(self.rows[:, NOISE] != 0))
@@ -216,10 +222,14 @@ def _karras(low: float, high: float, steps: int, rho: float = 7.0) -> Array:
 
 
 def _trailing(N: int, steps: int) -> NDArray[np.int64]:
-    """smalldiffusion's choice: round(N*(1 - i/steps)) - 1 for each step, then index 0."""
-    if steps >= N:
-        raise PlanError(f"steps {steps}: the model's schedule has {N} levels, so at most {N - 1} steps are possible")
-    return np.append(np.round(N * (1 - np.arange(steps) / steps)).astype(np.int64) - 1, 0)
+    """smalldiffusion's choice: round(N*(1 - i/steps)) - 1 for each step, then index 0.
+
+    Where so many steps are asked for that the last one is at index 0 already, that step changes nothing and is left out.
+    """
+    if steps > N:
+        raise PlanError(f"steps {steps}: the model's schedule has {N} levels, so at most {N} steps are possible")
+    indices = np.round(N * (1 - np.arange(steps) / steps)).astype(np.int64) - 1
+    return indices if indices[-1] == 0 and steps > 1 else np.append(indices, 0)
 
 
 def _evenly(N: int, steps: int) -> NDArray[np.int64]:

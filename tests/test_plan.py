@@ -73,6 +73,27 @@ def test_an_impossible_stride_is_refused_and_the_nearest_are_named():
         make_plan(spec, "ddim", 60)
 
 
+def test_exponential_levels_are_even_in_their_logarithm():
+    levels = noise_levels(spec_of(), 10, "exponential")
+    trained = schedule_sigmas(DEFAULT_SCHEDULES["ddpm"])
+    np.testing.assert_allclose(levels[:10], np.exp(np.linspace(np.log(trained[-1]), np.log(trained[0]), 10)))
+    assert levels[10] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 50, 666])
+def test_trailing_levels_are_those_of_smalldiffusion(steps):
+    trained = schedule_sigmas(DEFAULT_SCHEDULES["ddpm"])
+    expected = [trained[round(1000 * (1 - i / steps)) - 1] for i in range(steps)] + [trained[0]]
+    np.testing.assert_array_equal(noise_levels(spec_of(), steps), expected)
+
+
+def test_the_most_steps_visit_every_level_once():
+    """smalldiffusion would end with a step from index 0 to index 0, which does nothing."""
+    trained = schedule_sigmas(DEFAULT_SCHEDULES["ddpm"])
+    np.testing.assert_array_equal(noise_levels(spec_of(), 1000), trained[::-1])
+    assert len(noise_levels(spec_of(), 999)) == 999
+
+
 def test_karras_levels_follow_equation_5():
     levels = noise_levels(spec_of(), 10, "karras")
     trained = schedule_sigmas(DEFAULT_SCHEDULES["ddpm"])
@@ -87,8 +108,10 @@ def test_guidance_interval_turns_guidance_off_outside_and_counts_evaluations():
     assert np.array_equal(plan.rows[:, GUIDANCE], np.where(inside, 3.0, 1.0))
     assert 0 < inside.sum() < 20
     assert plan.evaluations == 20 + inside.sum()
+    assert plan.saved == 20 - inside.sum()
     assert make_plan(spec_of(), "ddim", 20, 3.0).evaluations == 40
     assert make_plan(spec_of(), "ddim", 20).evaluations == 20
+    assert make_plan(spec_of(), "ddim", 20).saved == make_plan(spec_of(), "ddim", 20, 3.0).saved == 0
 
 
 def test_heun_evaluates_twice_a_step_but_once_in_a_last_step_to_zero():
@@ -100,7 +123,7 @@ def test_heun_evaluates_twice_a_step_but_once_in_a_last_step_to_zero():
     ({"sampler": "dimm"}, "did you mean 'ddim'"),
     ({"steps": 0}, "steps 0: expected at least 1"),
     ({"steps": -3}, "steps -3: expected at least 1"),
-    ({"steps": 1000}, "at most 999"),
+    ({"steps": 1001}, "at most 1000"),
     ({"grid": "karas"}, "did you mean 'karras'"),
     ({"grid": [1.0, 2.0]}, "fall strictly"),
     ({"grid": [1.0, float("nan"), 0.0]}, "fall strictly"),

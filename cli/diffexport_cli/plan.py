@@ -50,11 +50,8 @@ def plan(
         print_json({"x_scale": table.x_scale, "sigmas": table.sigmas.tolist(), "rows": rows})
         return
     shown = [k for k in range(len(COLUMNS)) if table.rows[:, k].any()]
-    saved = 2 * len(table) - table.evaluations if opened.spec.conditional else 0
-    print(
-        f"{len(table)} rows, {table.evaluations} network evaluations a sample"
-        + (f", {saved} saved where guidance is off" if saved and saved < len(table) else "")
-    )
+    saved = f", {table.saved} saved outside the guidance interval" if table.saved else ""
+    print(f"{len(table)} rows, {table.evaluations} network evaluations a sample{saved}")
     print(f"x_scale {table.x_scale:.6g}; columns that are 0 throughout are left out")
     print("  ".join(["row", f"{'sigma':>10}", *(f"{COLUMNS[k]:>10}" for k in shown)]))
     for index, (sigma, row) in enumerate(zip(table.sigmas, table.rows, strict=True)):

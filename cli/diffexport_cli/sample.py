@@ -103,6 +103,7 @@ def sample(
         "device": device,
         "rows": len(plan),
         "evaluations": plan.evaluations,
+        "evaluations_saved": plan.saved,
         "seed": seed,
         "seconds": round(seconds, 4),
         "written": written,
@@ -110,7 +111,10 @@ def sample(
     if json:
         print_json(result)
         return
-    print(f"{len(x)} samples on {backend} ({device}), {plan.evaluations} network evaluations each, {seconds:.2f} s")
+    saved = f" ({plan.saved} saved by the guidance interval)" if plan.saved else ""
+    print(
+        f"{len(x)} samples on {backend} ({device}), {plan.evaluations} network evaluations each{saved}, {seconds:.2f} s"
+    )
     for path in written:
         print(f"wrote {path}")
 
