@@ -1,0 +1,73 @@
+"""The graphs of a bundle in the runtimes that have no backend yet: OpenVINO runs them, TensorRT for RTX builds them."""
+
+import numpy as np
+import openvino
+import pytest
+import tensorrt_rtx as trt
+
+from diffexport.backends.onnxruntime import run_graph
+from diffexport.noise import normal
+from diffexport.parity import relative_l2
+from diffexport.plan import make_plan
+from diffexport.probes import mixing_row, probe_levels, probe_state
+
+GRAPHS = ["step", "step_plain", "denoiser", "sampler"]
+NAMES = ["plain", "variance", "flow", "points"]
+
+
+def inputs(spec, batch):
+    """Something for every input that a graph can have, by name."""
+    sigma = float(probe_levels(spec)[2])
+    start = probe_state(spec, sigma, 0, range(batch))
+    plan = make_plan(spec, "heun", 4, 2.0 if spec.conditional else 1.0)
+    return {
+        "x": start.x,
+        "h": start.h,
+        "z": start.z,
+        "label": start.label,
+        "row": mixing_row(spec, sigma, 2.0 if spec.conditional else 1.0),
+        "sigma": np.full(batch, sigma, np.float32),
+        "guidance": np.full(batch, 2.0, np.float32),
+        "x_init": start.x,
+        "plan": plan.rows.astype(np.float32),
+        "noise": normal(0, range(batch), range(len(plan)), spec.shape),
+    }
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_openvino_runs_every_graph(toy_bundle, name, graph):
+    bundle = toy_bundle(name)
+    compiled = openvino.Core().compile_model(bundle.graph(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (1, 3):
+        feeds = inputs(bundle.spec, batch)
+        wanted = {port.get_any_name() for port in compiled.inputs}
+        found = compiled({key: feeds[key] for key in wanted})
+        expected = run_graph(bundle.graph(graph), {key: value for key, value in feeds.items() if value is not None})
+        for port, result in zip(compiled.outputs, found.values(), strict=True):
+            (output,) = port.get_names() & set(expected)  # a port also carries names of values inside
+            assert relative_l2(result, expected[output]) < 1e-5
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_tensorrt_for_rtx_builds_every_graph(toy_bundle, name, graph):
+    """A real engine, built without a GPU, with a range for the batch and for the number of rows."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(toy_bundle(name).graph(graph)))
+    assert parsed, [parser.get_error(k).desc() for k in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shapes = [[limit if side == -1 else side for side in tensor.shape] for limit in (1, 4, 16)]
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None
+    assert engine.nbytes > 10_000
