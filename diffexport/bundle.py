@@ -51,7 +51,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a run uses where its user says nothing."""
 
-    sampler: str = "ddim"
+    sampler: str
     steps: int = 20
     guidance_scale: float = 1.0
     batch: int = 8

@@ -13,7 +13,7 @@ from diffexport.backends.session import Session
 from diffexport.bundle import Defaults
 from diffexport.errors import BackendError, PlanError, ShapeError
 from diffexport.noise import normal
-from diffexport.plan import NOISE, Plan, denoising, make_plan
+from diffexport.plan import NOISE, Plan, default_sampler, denoising, make_plan
 from diffexport.spec import ModelSpec
 
 Array = NDArray[np.float32]
@@ -34,7 +34,7 @@ class Sampler:
     def __init__(self, spec: ModelSpec, session: Session, defaults: Defaults | None = None) -> None:
         self.spec = spec
         self.session = session
-        self.defaults = defaults or Defaults()
+        self.defaults = defaults or Defaults(sampler=default_sampler(spec))
 
     def __enter__(self) -> Sampler:
         return self

@@ -14,11 +14,14 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 
 import diffexport
+from diffexport.plan import make_plan
 from diffexport.sampler import Sampler
 from diffexport.samplers import SAMPLERS
+from diffexport.schedules import DEFAULT_SCHEDULES
 
 PER_CLASS, STEPS, BATCH = 100, (5, 10, 20, 50), 100
 LABELS = np.repeat(np.arange(10), PER_CLASS)
+TOY = diffexport.ModelSpec(family="any", shape=(1,), prediction="eps", schedule=DEFAULT_SCHEDULES["ddpm"])
 Features = NDArray[np.float64]
 
 
@@ -63,6 +66,20 @@ def row(on: Sampler, by: Judge, statistics: Statistics, **settings: object) -> t
     return cells, quality.accuracy, distance
 
 
+def gap(quality: list[tuple[list[str], float, float]], chosen: str = "dpmpp-2m") -> float:
+    """How much farther than the nearest the chosen sampler is, at worst, among samplers without noise."""
+    quiet = [name for name in SAMPLERS if not make_plan(TOY, name, 5).stochastic]
+    gaps = []
+    for evaluations in STEPS:
+        found = {
+            name: distance
+            for (grid, name, _, count, *_), _, distance in quality
+            if grid == "model" and name in quiet and int(count) == evaluations
+        }
+        gaps.append(found[chosen] - min(found.values()))
+    return max(gaps)
+
+
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
 
@@ -93,6 +110,9 @@ def main(bundle: str, out: str) -> None:
         f"{100 * by.held_out_accuracy:.1f} % of held-out real digits). *Spread* is the samples' spread within a class over "
         "the real digits', 1 being right. *Distance* is the Frechet distance to them over 32 principal components; "
         f"two halves of the real digits are {statistics.floor():.3f} apart. Times are of one run on a shared machine.",
+        "",
+        "Bundles draw with `dpmpp-2m` unless told otherwise: of the samplers without noise, on the model's own levels, "
+        f"it is within {gap(quality):.3f} of the nearest to the real digits at 5, 10, 20 and 50 evaluations alike.",
         "",
         "## Without guidance",
         "",

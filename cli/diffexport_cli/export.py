@@ -18,7 +18,10 @@ def export(
         Path | None, typer.Option(help="The bundle to write.", show_default="CKPT's name with .diffx")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch that is checked.", metavar="B")] = 16,
-    sampler: Annotated[str, typer.Option(help="Default sampler of the bundle.")] = "ddim",
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Default sampler of the bundle.", show_default="dpmpp-2m; flow euler; official DiT ddim"),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Default number of steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Default guidance weight; 1 is off.")] = 1.0,
     plan: Annotated[list[str] | None, typer.Option(help="One more ready-made plan, NAME:STEPS. Repeatable.")] = None,
@@ -43,6 +46,7 @@ def export(
     from diffexport.bundle import Defaults
     from diffexport.exporter.write import export as export_bundle
     from diffexport.parity import describe
+    from diffexport.plan import default_sampler
     from diffexport_cli.checkpoint import read_checkpoint
     from diffexport_cli.output import print_json, size_of, worst_of
 
@@ -61,7 +65,12 @@ def export(
             found.spec,
             out or Path(checkpoint.with_suffix(".diffx").name),
             max_batch=max_batch,
-            defaults=Defaults(sampler=sampler, steps=steps, guidance_scale=guidance_scale, batch=min(8, max_batch)),
+            defaults=Defaults(
+                sampler=sampler or default_sampler(found.spec),
+                steps=steps,
+                guidance_scale=guidance_scale,
+                batch=min(8, max_batch),
+            ),
             plans=plan or (),
             allow_mismatch=allow_mismatch,
             thorough=True if thorough else None,

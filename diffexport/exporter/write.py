@@ -34,7 +34,7 @@ from diffexport.errors import ExportError, ParityError
 from diffexport.files import replacing_folder
 from diffexport.golden import golden_cases
 from diffexport.parity import check
-from diffexport.plan import ready_plans
+from diffexport.plan import default_sampler, ready_plans
 from diffexport.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def export(
         out: the folder to write; ``.diffx`` is its usual suffix.
         precision: of the network's tensors.
         max_batch: the largest batch to check, and to plan engines for.
-        defaults: sampler, steps, guidance and batch of a run that does not say; guidance 1 for models without labels.
+        defaults: sampler, steps, guidance and batch of a run that does not say; see ``default_sampler``.
         plans: more ready-made plans, each ``NAME:STEPS``.
         allow_mismatch: write the bundle, marked, even where a parity check fails.
         thorough: compare whole runs at every batch; by default for models up to 10 M parameters.
@@ -86,7 +86,7 @@ def export(
         raise ExportError(f"max_batch {max_batch}: expected at least 1")
     report = progress or (lambda _what, _part: None)
     out = Path(out)
-    defaults = defaults or Defaults()
+    defaults = defaults or Defaults(sampler=default_sampler(spec), batch=min(8, max_batch))
     ready = ready_plans(spec, plans)
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out}: exists and is not a bundle; choose another --out or remove it")
