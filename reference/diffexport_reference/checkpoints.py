@@ -137,8 +137,10 @@ def save_checkpoint(
 
 def _told(spec: ModelSpec) -> dict[str, Any]:
     """The facts that are not the default ones, so that a field added later does not make the file unreadable."""
-    defaults = {field.name: field.default for field in msgspec.structs.fields(ModelSpec)}
-    return {name: value for name, value in msgspec.to_builtins(spec).items() if getattr(spec, name) != defaults[name]}
+    plain = ModelSpec(family="", shape=spec.shape, prediction=spec.prediction, schedule=spec.schedule)
+    needed = {field.name for field in msgspec.structs.fields(ModelSpec) if field.required}
+    told = msgspec.to_builtins(spec)
+    return {name: value for name, value in told.items() if name in needed or getattr(spec, name) != getattr(plain, name)}
 
 
 def _plain(value: Any) -> Any:
