@@ -44,16 +44,19 @@ HEAVY_PARAMETERS = 10_000_000
 class Scope:
     """What a comparison covers: batches, smallest first, and how much of it at each.
 
-    The whole comparison of a 33 M-parameter DiT takes minutes on two cores. A narrowed one covers every noise level and
-    the bundle's default run at the smallest batch, and one guided step at the larger ones, which repeat four samples, so
-    that PyTorch computes only these. The whole one compares every step and a run with guidance at every batch.
+    The whole comparison, every step and a run with guidance at every batch, takes minutes for a DiT of 33 M parameters on
+    two cores. A narrowed one covers a guided step at every noise level and the bundle's default run at the smallest batch,
+    and one guided step at the larger ones, which repeat four samples, so that PyTorch computes only these.
     """
 
     batches: tuple[int, ...]
     whole: bool
 
     def batches_of_steps(self, level: int, *, guided: bool) -> tuple[int, ...]:
-        return self.batches if self.whole or (level == LEVELS // 2 and guided) else self.batches[:1]
+        middle = level == LEVELS // 2
+        if self.whole or (guided and middle):
+            return self.batches
+        return self.batches[:1] if guided or middle else ()
 
     @property
     def batches_of_runs(self) -> tuple[int, ...]:
@@ -137,11 +140,11 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     levels, w = probe_levels(spec), probe_guidance(spec)
     for k, sigma in enumerate(map(float, levels)):
         for kind, weight in (("guided", w), ("plain", 1.0)):
-            if kind == "plain" and not spec.conditional:
+            batches = scope.batches_of_steps(k, guided=kind == "guided")
+            if not batches or (kind == "plain" and not spec.conditional):
                 continue
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
             name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.conditional else "")
-            batches = scope.batches_of_steps(k, guided=kind == "guided")
             yield _Job(name, kind, batches, _denoising(spec, row, sigma, k))
     middle, small = float(levels[LEVELS // 2]), scope.batches[:1]
     yield _Job(

@@ -6,6 +6,7 @@ sigma = sqrt(1/alpha_bar - 1); a flow schedule holds t in its place, x_t = (1 - 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -105,10 +106,13 @@ _MAKERS: dict[str, Callable[[Schedule], Array]] = {
 }
 
 
+@functools.lru_cache(maxsize=64)
 def schedule_sigmas(schedule: Schedule) -> Array:
-    """The N noise levels of a schedule, (N,) float64, smallest first."""
+    """The N noise levels of a schedule, (N,) float64, smallest first; computed once and not to be written to."""
     with np.errstate(all="ignore"):
-        return _MAKERS[schedule.kind](schedule)
+        sigmas = _MAKERS[schedule.kind](schedule)
+    sigmas.flags.writeable = False
+    return sigmas
 
 
 DEFAULT_SCHEDULES.update(

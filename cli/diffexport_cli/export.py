@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,7 @@ def export(
     from diffexport_cli.checkpoint import read_checkpoint
     from diffexport_cli.output import print_json, size_of, worst_of
 
+    gc.disable()  # loading PyTorch and tracing make millions of objects that live to the end of this short process
     with progress_bar("reading the checkpoint") as progress:
         facts = dict(
             heads=heads,

@@ -140,7 +140,9 @@ def _told(spec: ModelSpec) -> dict[str, Any]:
     plain = ModelSpec(family="", shape=spec.shape, prediction=spec.prediction, schedule=spec.schedule)
     needed = {field.name for field in msgspec.structs.fields(ModelSpec) if field.required}
     told = msgspec.to_builtins(spec)
-    return {name: value for name, value in told.items() if name in needed or getattr(spec, name) != getattr(plain, name)}
+    return {
+        name: value for name, value in told.items() if name in needed or getattr(spec, name) != getattr(plain, name)
+    }
 
 
 def _plain(value: Any) -> Any:
