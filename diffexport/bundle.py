@@ -56,6 +56,23 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     guidance_scale: float = 1.0
     batch: int = 8
 
+    def plan(
+        self,
+        spec: ModelSpec,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> Plan:
+        """A plan for a model, with these settings where None is given. See ``diffexport.plan.make_plan``."""
+        return make_plan(
+            spec,
+            self.sampler if sampler is None else sampler,
+            self.steps if steps is None else steps,
+            self.guidance_scale if guidance_scale is None else guidance_scale,
+            **options,
+        )
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is in a bundle."""
@@ -159,15 +176,8 @@ class Bundle:
     def plan(
         self, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None, **options: Any
     ) -> Plan:
-        """A plan for this model; what is not given is the bundle's default. See ``diffexport.plan.make_plan``."""
-        defaults = self.manifest.defaults
-        return make_plan(
-            self.spec,
-            defaults.sampler if sampler is None else sampler,
-            defaults.steps if steps is None else steps,
-            defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            **options,
-        )
+        """A plan for this model; what is None is the bundle's default. See ``diffexport.plan.make_plan``."""
+        return self.manifest.defaults.plan(self.spec, sampler, steps, guidance_scale, **options)
 
     def sampler(self, backend: str = "ort", **options: Any) -> Sampler:
         """A sampler of this bundle on a backend; options are the backend's own, such as ``threads``."""

@@ -13,7 +13,7 @@ from diffexport.backends.session import Session
 from diffexport.bundle import Defaults
 from diffexport.errors import BackendError, PlanError, ShapeError
 from diffexport.noise import normal
-from diffexport.plan import NOISE, Plan, default_sampler, denoising, make_plan
+from diffexport.plan import NOISE, Plan, default_sampler, denoising
 from diffexport.spec import ModelSpec
 
 Array = NDArray[np.float32]
@@ -134,14 +134,7 @@ class Sampler:
         self, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None, **options: Any
     ) -> Plan:
         """The plan that ``sample`` would use; what is None is the bundle's default."""
-        d = self.defaults
-        return make_plan(
-            self.spec,
-            d.sampler if sampler is None else sampler,
-            d.steps if steps is None else steps,
-            d.guidance_scale if guidance_scale is None else guidance_scale,
-            **options,
-        )
+        return self.defaults.plan(self.spec, sampler, steps, guidance_scale, **options)
 
     def labels(self, labels: Sequence[int | str] | int | str | None, num: int | None) -> Labels | None:
         """Labels as indices, (num,) int64, or None for a model without labels; see ``sample``."""

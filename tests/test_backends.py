@@ -133,6 +133,8 @@ def test_a_backend_that_does_not_exist_or_is_not_installed_is_an_error(toy_bundl
         open_session(toy_bundle("plain"), "troch")
     with pytest.raises(BackendError, match="--checkpoint"):
         open_session(toy_bundle("plain"), "torch")
+    with pytest.raises(BackendError, match="no option 'speed'; it takes threads"):
+        open_session(toy_bundle("plain"), "ort", speed=11)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match="pip install onnxruntime"):
         open_session(toy_bundle("plain"), "ort")

@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffexport_cli.plan_options import (
+    Eta,
+    Gam,
+    Grid,
+    GuidanceInterval,
+    GuidanceScale,
+    Mu,
+    SamplerName,
+    Steps,
+    plan_options,
+)
 from diffexport_cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -29,20 +40,14 @@ def sample(
     per_label: Annotated[
         int | None, typer.Option(help="How many samples of each label; the PNG has a column a label.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="The sampler; `diffx plan --list` lists them.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Guidance weight w of uncond + w*(cond - uncond); 1 is off.")
-    ] = None,
-    guidance_interval: Annotated[
-        str | None, typer.Option(help="Guide only where sigma lies in LOW:HIGH.", metavar="LOW:HIGH")
-    ] = None,
-    grid: Annotated[
-        str | None, typer.Option(help="Noise levels: model, karras, exponential, or falling numbers 10,5,1,0.")
-    ] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise of ddim, euler-ancestral and dpmpp-2m-sde.")] = None,
-    gam: Annotated[float | None, typer.Option(help="Extrapolation of accelerated.")] = None,
-    mu: Annotated[float | None, typer.Option(help="Noise of accelerated.")] = None,
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_interval: GuidanceInterval = None,
+    grid: Grid = None,
+    eta: Eta = None,
+    gam: Gam = None,
+    mu: Mu = None,
     seed: Annotated[int, typer.Option(help="Seed; it and the index decide a sample.")] = 0,
     first: Annotated[int, typer.Option(help="Index of the first sample.")] = 0,
     batch: Annotated[int | None, typer.Option(help="How many are drawn at once.")] = None,
@@ -64,7 +69,6 @@ def sample(
     """
     from diffexport.bundle import Bundle
     from diffexport_cli.output import find_bundle, print_json
-    from diffexport_cli.plan import plan_options
 
     opened = Bundle.open(find_bundle(bundle))
     wanted = _labels(opened.spec, labels, num, per_label)
@@ -179,12 +183,17 @@ def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int |
 
 
 def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:
+    from diffexport.errors import BackendError
     from diffexport_cli.checkpoint import read_checkpoint_of
 
     options: dict[str, Any] = {}
     if threads is not None:
+        if threads < 1:
+            raise BackendError(f"--threads {threads}: expected at least 1")
         options["threads"] = threads
-    if backend == "torch" and checkpoint is not None:
+    if checkpoint is not None:
+        if backend != "torch":
+            raise BackendError(f"--checkpoint {checkpoint}: backend {backend!r} runs the bundle; leave it out")
         options["module"] = read_checkpoint_of(checkpoint, spec).module
     return options
 

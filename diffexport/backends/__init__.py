@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,7 +47,7 @@ def open_session(bundle: Bundle, backend: str, **options: Any) -> Session:
     """Open a bundle on a backend. The backend that is named is used or an error is raised; none takes its place.
 
     Raises:
-        BackendError: no such backend, its runtime is not installed, or it cannot run here.
+        BackendError: no such backend or option, its runtime is not installed, or it cannot run here.
     """
     if backend not in BACKENDS:
         close = difflib.get_close_matches(backend, list(BACKENDS), n=1)
@@ -56,4 +57,8 @@ def open_session(bundle: Bundle, backend: str, **options: Any) -> Session:
     if not entry.installed:
         raise BackendError(f"backend {backend!r}: {entry.package} is not installed; {entry.install}")
     module = importlib.import_module(f"diffexport.backends.{entry.module}")
+    takes = [name for name in inspect.signature(module.open_session).parameters if name != "bundle"]
+    unknown = sorted(set(options) - set(takes))
+    if unknown:
+        raise BackendError(f"backend {backend!r} has no option {unknown[0]!r}; it takes {', '.join(takes)}")
     return cast(Session, module.open_session(bundle, **options))

@@ -88,6 +88,7 @@ def export(
     out = Path(out)
     defaults = defaults or Defaults(sampler=default_sampler(spec), batch=min(8, max_batch))
     ready = ready_plans(spec, plans)
+    defaults.plan(spec)  # a default run that cannot be is said before the work
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out}: exists and is not a bundle; choose another --out or remove it")
 
