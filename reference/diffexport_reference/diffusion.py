@@ -42,7 +42,7 @@ class Schedule:
 
 
 def _sigmas(**numbers: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return schedule_sigmas(ScheduleData(**numbers))
+    return schedule_sigmas(ScheduleData(**numbers)).copy()
 
 
 def sigmas_from_betas(betas: Tensor) -> Tensor:
