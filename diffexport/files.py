@@ -50,5 +50,16 @@ def _remove_left_overs(parent: Path, prefix: str) -> None:
     """Remove temporary folders of processes that no longer run."""
     for folder in parent.glob(f"{prefix}*"):
         pid = folder.name.removeprefix(prefix).split(".")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and not _runs(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this number runs, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

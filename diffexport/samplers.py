@@ -132,7 +132,9 @@ def dpmpp_2m_sde(sigmas: Sequence[float], eta: float = 1.0) -> list[Update]:
         e = -math.expm1(-(1 + eta) * step)
         slope = e / (2 * (last / step)) if updates else 0.0
         noise = n * math.sqrt(-math.expm1(-2 * eta * step))
-        updates.append(Update(sigma=s, x_x=n / s * math.exp(-eta * step), x_d=e + slope, x_h=0.0 - slope, x_z=noise, h_d=1))
+        updates.append(
+            Update(sigma=s, x_x=n / s * math.exp(-eta * step), x_d=e + slope, x_h=0.0 - slope, x_z=noise, h_d=1)
+        )
         last = step
     return updates
 

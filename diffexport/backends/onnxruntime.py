@@ -37,7 +37,7 @@ def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceS
         BackendError: the graph cannot be loaded.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or _cores()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
@@ -46,6 +46,11 @@ def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceS
     if session.get_providers() != [PROVIDER]:
         raise BackendError(f"{path}: asked ONNX Runtime for {PROVIDER}, got {session.get_providers()}")
     return session
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _State:
