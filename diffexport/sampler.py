@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -95,6 +96,8 @@ class Sampler:
             plan = self.plan(sampler, steps, guidance_scale, **options)
         elif not (sampler is None and steps is None and guidance_scale is None and not options):
             raise PlanError("plan: give either a ready plan or sampler, steps and guidance_scale, not both")
+        if one_call and on_state is not None:
+            raise PlanError("on_state: the loop inside the graph shows no states; leave one_call out")
         size = self.defaults.batch if batch is None else batch
         if size < 1:
             raise ShapeError(f"batch {size}: expected at least 1")
@@ -107,7 +110,7 @@ class Sampler:
 
         out = np.empty((count, *self.spec.shape), np.float32)
         rows = plan.rows.astype(np.float32)
-        run = self._in_one_call if one_call else self._stepped
+        run = self._in_one_call if one_call else functools.partial(self._stepped, on_state=on_state)
         starts = range(0, count, size)
         for number, start in enumerate(starts):
             part = slice(start, min(start + size, count))
@@ -119,7 +122,6 @@ class Sampler:
                 None if label is None else label[part],
                 rows,
                 drawn,
-                on_state,
                 _counting(on_step, number * len(rows), len(starts) * len(rows)),
             )
         if not np.isfinite(out).all():
@@ -158,8 +160,8 @@ class Sampler:
         label: Labels | None,
         rows: Array,
         drawn: Iterable[Array | None],
-        on_state: OnState | None,
         done: Callable[[int], None],
+        on_state: OnState | None,
     ) -> Array:
         """One call of the session for each row."""
         self.session.begin(x, label)
@@ -177,12 +179,9 @@ class Sampler:
         label: Labels | None,
         rows: Array,
         drawn: Iterable[Array | None],
-        on_state: OnState | None,
         done: Callable[[int], None],
     ) -> Array:
         """One call for all rows, whose noise is held at once; a plan without noise needs none."""
-        if on_state is not None:
-            raise PlanError("on_state: the loop inside the graph shows no states; leave one_call out")
         if np.any(rows[:, NOISE]):
             noise = np.stack([np.zeros_like(x) if z is None else z for z in drawn])
         else:

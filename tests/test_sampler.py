@@ -109,6 +109,11 @@ def test_a_plan_and_its_parts_are_not_both_taken(toy_bundle):
         s.sample([1], plan=s.plan(), steps=5)
 
 
+def test_the_loop_in_one_call_shows_no_states(toy_bundle):
+    with pytest.raises(PlanError, match="leave one_call out"):
+        toy_bundle("plain").sampler().sample([1], steps=2, one_call=True, on_state=lambda *_: None)
+
+
 def test_numbers_that_are_not_finite_are_an_error(toy_bundle):
     session = toy_bundle("plain").sampler().session
 

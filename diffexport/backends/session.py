@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,3 @@ class Session(Protocol):
     def close(self) -> None:
         """Free what the session holds; it cannot be used afterwards."""
         ...
-
-
-Options = dict[str, Any]
