@@ -141,10 +141,10 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     for k, sigma in enumerate(map(float, levels)):
         for kind, weight in (("guided", w), ("plain", 1.0)):
             batches = scope.batches_of_steps(k, guided=kind == "guided")
-            if not batches or (kind == "plain" and not spec.conditional):
+            if not batches or (kind == "plain" and not spec.guidable):
                 continue
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
-            name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.conditional else "")
+            name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.guidable else "")
             yield _Job(name, kind, batches, _denoising(spec, row, sigma, k))
     middle, small = float(levels[LEVELS // 2]), scope.batches[:1]
     yield _Job(
@@ -156,7 +156,7 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
         return (run_plan(session, spec, plan, len(samples)),)
 
-    guided = f", guidance {plan.rows[0, GUIDANCE]:g}" if spec.conditional else ""
+    guided = f", guidance {plan.rows[0, GUIDANCE]:g}" if spec.guidable else ""
     yield _Job(f"{defaults.sampler}, {defaults.steps} steps{guided}", "run", scope.batches_of_runs, whole, len(plan))
 
 

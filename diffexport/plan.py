@@ -5,7 +5,8 @@ tensor that starts at zero, z standard normal noise, w the guidance weight:
 
     F  = network(c_in*[x; x], c_noise, [label; null])      batch doubled; not doubled where w = 1
     G  = F_u + w*(F_c - F_u)                               on the guided channels; F_c on the others
-    D  = c_skip*x + c_out*G[:, :C]                         clamped to [-clip, clip] where the model asks for it
+    D  = c_skip*x + c_out*G[:, :C]                         clamped to [-clip, clip] where the model asks for it; where
+                                                           it keeps eps then, x below is x + (D - D before the clamp)
     x' = x_x*x + x_d*D + x_h*h + x_z*exp(v_z*V)*z          V = G[:, C:], the learned variance; factor 1 without it
     h' = h_x*x + h_d*D + h_h*h
 
@@ -95,11 +96,11 @@ def default_sampler(spec: ModelSpec) -> str:
     """The sampler of a bundle whose maker named none.
 
     DPM-Solver++(2M), which is near the best in docs/samplers.md from 5 steps to 50; for a flow model, for which it is not
-    derived, euler; for a model whose steps are respaced, the ddim of its own code.
+    derived, euler; for a model whose own code chooses the steps, the ddim of that code.
     """
     if spec.prediction == "flow":
         return "euler"
-    return "ddim" if spec.spacing == "respaced" else "dpmpp-2m"
+    return "dpmpp-2m" if spec.spacing == "trailing" else "ddim"
 
 
 def denoising(row: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -147,8 +148,9 @@ def make_plan(
         raise PlanError(f"sampler {sampler!r} is not defined for a flow model; use one of {fits}")
     if not np.isfinite(guidance_scale):
         raise PlanError(f"guidance_scale {guidance_scale}: expected a finite number")
-    if guidance_scale != 1 and not spec.conditional:
-        raise PlanError(f"guidance_scale {guidance_scale:g}: this model has no labels, so only 1 (off) is possible")
+    if guidance_scale != 1 and not spec.guidable:
+        lacks = "null label" if spec.conditional else "labels"
+        raise PlanError(f"guidance_scale {guidance_scale:g}: this model has no {lacks}, so only 1 (off) is possible")
 
     levels = noise_levels(spec, steps, grid, strided=sampler == "ddim")
     settings = {**entry.options, **entry.fixed, **options}
@@ -219,8 +221,10 @@ def noise_levels(spec: ModelSpec, steps: int, grid: str | Sequence[float] = "mod
             levels = np.append(trained[visited[::-1]], 0.0)
         elif spec.schedule.kind == "flow":
             levels = np.append(np.linspace(trained[-1], trained[0], steps), 0.0)
-        else:
+        elif spec.spacing == "trailing":
             levels = trained[_trailing(len(trained), steps)]
+        else:
+            levels = np.append(trained[_visited_by_diffusers(spec.spacing, len(trained), steps)[::-1]], 0.0)
     if not (np.isfinite(levels).all() and (np.diff(levels) < 0).all() and levels[-1] >= 0):
         raise PlanError("sigmas: expected finite numbers that fall strictly and end at 0 or above")
     return levels
@@ -237,16 +241,14 @@ def _trailing(N: int, steps: int) -> NDArray[np.int64]:
 
     Where so many steps are asked for that the last one is at index 0 already, that step changes nothing and is left out.
     """
-    if steps > N:
-        raise PlanError(f"steps {steps}: the model's schedule has {N} levels, so at most {N} steps are possible")
+    _check_steps(N, steps)
     indices = np.round(N * (1 - np.arange(steps) / steps)).astype(np.int64) - 1
     return indices if indices[-1] == 0 and steps > 1 else np.append(indices, 0)
 
 
 def _evenly(N: int, steps: int) -> NDArray[np.int64]:
     """improved-diffusion's respacing "S": S steps from first to last, each rounded."""
-    if steps > N:
-        raise PlanError(f"steps {steps}: the model's schedule has {N} levels, so at most {N} steps are possible")
+    _check_steps(N, steps)
     stride = (N - 1) / (steps - 1) if steps > 1 else 1.0
     return np.array([round(i * stride) for i in range(steps)], np.int64)
 
@@ -261,6 +263,27 @@ def _strided(N: int, steps: int) -> NDArray[np.int64]:
         f"steps {steps}: no integer stride through {N} levels visits exactly so many; the nearest are "
         + ", ".join(map(str, sorted(fits)))
     )
+
+
+def _visited_by_diffusers(spacing: str, N: int, steps: int) -> NDArray[np.int64]:
+    """``timestep_spacing`` of diffusers' DDPMScheduler and DDIMScheduler, ascending: Lin et al. 2023, Table 2."""
+    _check_steps(N, steps)
+    if spacing == "linspace":
+        return np.linspace(0, N - 1, steps).round().astype(np.int64)
+    if spacing == "leading":
+        return np.arange(steps) * (N // steps)
+    if N % steps:  # diffusers' DDIM then takes steps of another size than those it visits
+        fits = sorted((n for n in range(1, N + 1) if N % n == 0), key=lambda n: abs(n - steps))[:4]
+        raise PlanError(
+            f"steps {steps}: the model's scheduler visits every N/S-th of {N} levels, so S must divide {N}; the nearest "
+            f"are {', '.join(map(str, sorted(fits)))}"
+        )
+    return np.arange(1, steps + 1) * (N // steps) - 1
+
+
+def _check_steps(N: int, steps: int) -> None:
+    if steps > N:
+        raise PlanError(f"steps {steps}: the model's schedule has {N} levels, so at most {N} steps are possible")
 
 
 def _table(

@@ -31,8 +31,8 @@ def probe_levels(spec: ModelSpec) -> NDArray[np.float64]:
 
 
 def probe_guidance(spec: ModelSpec) -> float:
-    """The guidance weight: none without labels, else one that makes both halves count."""
-    return 2.0 if spec.conditional else 1.0
+    """The guidance weight: none where it is not possible, else one that makes both halves count."""
+    return 2.0 if spec.guidable else 1.0
 
 
 def probe_labels(spec: ModelSpec, samples: Sequence[int]) -> Labels | None:

@@ -14,7 +14,11 @@ from diffexport.schedules import Schedule
 
 Prediction = Literal["eps", "x0", "v", "flow"]
 Variance = Literal["small", "large", "learned"]
-Spacing = Literal["trailing", "respaced"]
+Spacing = Literal["trailing", "respaced", "leading", "linspace", "trailing-to-0"]
+"""Which steps of N a run of S visits. smalldiffusion's: ``trailing``, every N/S-th from the last, then down to the smallest
+level. improved-diffusion's and the official DiT's: ``respaced``. Those of diffusers' schedulers, which end at clean data:
+``leading``, every floor(N/S)-th from the first; ``linspace``, evenly from first to last, rounded; ``trailing-to-0``, every
+N/S-th from the last."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +38,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The noise levels it was trained on."""
     num_classes: int = 0
     """Number of labels; 0 for a model without labels. The null label of guidance is ``num_classes``."""
+    has_null: bool = True
+    """The network knows a null label beside those; without one there is no guidance. Of no meaning without labels."""
     scaled: bool = False
     """The input is multiplied by 1/sqrt(1 + sigma^2) before the network sees it."""
     noise_input: Literal["sigma", "timestep"] = "sigma"
@@ -49,6 +55,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     second half interpolating the log variance between those two (Nichol & Dhariwal 2021, Eq. 15)."""
     clip: float | None = None
     """The denoised estimate is clamped to [-clip, clip]."""
+    clip_keeps: Literal["x", "eps"] = "x"
+    """What an estimate that is clamped leaves as it was: the state, as in DDPM, or the predicted noise, as in DDIM of
+    diffusers, whose state then moves with the estimate, x + (D - D before the clamp)."""
     label_names: tuple[str, ...] = ()
     """Names of the labels in order, or empty."""
     architecture: dict[str, Any] = {}
@@ -74,6 +83,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def conditional(self) -> bool:
         return self.num_classes > 0
+
+    @property
+    def guidable(self) -> bool:
+        """Whether guidance is possible."""
+        return self.conditional and self.has_null
 
     @property
     def learned_variance(self) -> bool:

@@ -69,6 +69,22 @@ def _toys():
             ),
         ),
         "flow": (lambda: ToyNetwork(), ModelSpec(family="toy flow", prediction="flow", schedule=flow, **picture)),
+        "unguided": (  # labels without a null label, and a clamp that keeps the predicted noise
+            lambda: ToyNetwork(num_classes=4),
+            ModelSpec(
+                family="toy unguided",
+                prediction="eps",
+                scaled=True,
+                schedule=ddpm,
+                noise_input="timestep",
+                unit_start=True,
+                spacing="leading",
+                clip=1.0,
+                clip_keeps="eps",
+                has_null=False,
+                **picture,
+            ),
+        ),
         "points": (ToyPoints, ModelSpec(family="toy points", prediction="x0", schedule=ddpm, shape=(2,))),
     }
 

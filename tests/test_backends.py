@@ -11,7 +11,7 @@ from diffexport.parity import relative_l2
 from diffexport.plan import COLUMNS, denoise_rows
 from diffexport.probes import mixing_row, probe_labels
 
-TOY_NAMES = ["plain", "variance", "flow", "points"]
+TOY_NAMES = ["plain", "variance", "flow", "unguided", "points"]
 
 
 def definition(module, spec, row, x, h, z, label):
@@ -32,7 +32,9 @@ def definition(module, spec, row, x, h, z, label):
         out[:, :g] = uncond[:, :g] + r["w"] * (cond[:, :g] - uncond[:, :g])
     denoised = r["c_skip"] * x + r["c_out"] * out[:, :channels]
     if spec.clip:
-        denoised = np.clip(denoised, -spec.clip, spec.clip)
+        unclipped, denoised = denoised, np.clip(denoised, -spec.clip, spec.clip)
+        if spec.clip_keeps == "eps":
+            x = denoised + (x - unclipped)  # the noise that was predicted, on the clamped estimate
     noise = z * np.exp(r["v_z"] * out[:, channels:]) if spec.learned_variance else z
     x_next = r["x_x"] * x + r["x_d"] * denoised + r["x_h"] * h + r["x_z"] * noise
     return x_next, r["h_x"] * x + r["h_d"] * denoised + r["h_h"] * h
@@ -49,7 +51,7 @@ def open_backend(request, toy, toy_bundle):
 
 @pytest.mark.parametrize(
     ("name", "weight"),
-    [("points", 1.0), *((name, weight) for name in TOY_NAMES if name != "points" for weight in (1.0, 2.5, 0.0))],
+    [(name, w) for name in TOY_NAMES for w in ((1.0,) if name in ("unguided", "points") else (1.0, 2.5, 0.0))],
 )
 def test_a_step_is_the_definition(open_backend, toy, rng, name, weight):
     module, spec = toy(name)
@@ -120,7 +122,7 @@ def test_the_denoiser_graph_takes_a_noise_level_for_each_sample(toy, toy_bundle,
     feeds = {"x": x, "sigma": sigma, "guidance": guidance} | ({} if label is None else {"label": label})
     found = run_graph(bundle.graph("denoiser"), feeds)["denoised"]
     for k in range(4):
-        weight = float(guidance[k]) if spec.conditional else 1.0
+        weight = float(guidance[k]) if spec.guidable else 1.0
         row = denoise_rows(spec, [float(sigma[k])], weight)[0]
         part = slice(k, k + 1)
         zero = np.zeros_like(x[part])

@@ -73,6 +73,20 @@ def test_an_impossible_stride_is_refused_and_the_nearest_are_named():
         make_plan(spec, "ddim", 60)
 
 
+def test_trailing_steps_that_end_clean_divide_the_schedule():
+    spec = spec_of(noise_input="timestep", spacing="trailing-to-0")
+    np.testing.assert_allclose(column(make_plan(spec, "ddim", 5), "c_noise"), [999, 799, 599, 399, 199], atol=1e-9)
+    with pytest.raises(PlanError, match=r"steps 30: .* S must divide 1000; the nearest are 10, 20, 25, 40"):
+        make_plan(spec, "ddim", 30)
+
+
+def test_labels_without_a_null_label_cannot_be_guided():
+    spec = spec_of(has_null=False)
+    assert make_plan(spec, "ddim", 5).evaluations == 5
+    with pytest.raises(PlanError, match=r"guidance_scale 2: this model has no null label"):
+        make_plan(spec, "ddim", 5, 2.0)
+
+
 def test_exponential_levels_are_even_in_their_logarithm():
     levels = noise_levels(spec_of(), 10, "exponential")
     trained = schedule_sigmas(DEFAULT_SCHEDULES["ddpm"])

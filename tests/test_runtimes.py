@@ -12,20 +12,20 @@ from diffexport.plan import make_plan
 from diffexport.probes import mixing_row, probe_levels, probe_state
 
 GRAPHS = ["step", "step_plain", "denoiser", "sampler"]
-NAMES = ["plain", "variance", "flow", "points"]
+NAMES = ["plain", "variance", "flow", "unguided", "points"]
 
 
 def inputs(spec, batch):
     """Something for every input that a graph can have, by name."""
     sigma = float(probe_levels(spec)[2])
     start = probe_state(spec, sigma, 0, range(batch))
-    plan = make_plan(spec, "heun", 4, 2.0 if spec.conditional else 1.0)
+    plan = make_plan(spec, "heun", 4, 2.0 if spec.guidable else 1.0)
     return {
         "x": start.x,
         "h": start.h,
         "z": start.z,
         "label": start.label,
-        "row": mixing_row(spec, sigma, 2.0 if spec.conditional else 1.0),
+        "row": mixing_row(spec, sigma, 2.0 if spec.guidable else 1.0),
         "sigma": np.full(batch, sigma, np.float32),
         "guidance": np.full(batch, 2.0, np.float32),
         "x_init": start.x,

@@ -22,7 +22,7 @@ def test_a_sample_depends_on_seed_and_index_alone(toy_bundle, sampler):
     assert np.abs(s.sample(labels, **{**settings, "seed": 12}) - whole).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["plain", "variance", "flow", "points"])
+@pytest.mark.parametrize("name", ["plain", "variance", "flow", "unguided", "points"])
 def test_backends_agree_over_a_whole_run(toy, toy_bundle, name):
     bundle, (module, _) = toy_bundle(name), toy(name)
     samplers = [n for n, s in SAMPLERS.items() if s.flow or name != "flow"]
@@ -34,13 +34,13 @@ def test_backends_agree_over_a_whole_run(toy, toy_bundle, name):
         np.testing.assert_allclose(*runs, rtol=1e-4, atol=1e-4 * np.abs(runs[0]).max())
 
 
-@pytest.mark.parametrize("name", ["plain", "variance", "flow", "points"])
+@pytest.mark.parametrize("name", ["plain", "variance", "flow", "unguided", "points"])
 @pytest.mark.parametrize("backend", ["ort", "torch"])
 def test_the_loop_in_one_call_agrees_with_the_steps(toy, toy_bundle, name, backend):
     """Deterministic and stochastic samplers, with guidance, without, and on an interval; batches that do not divide."""
     s = toy_bundle(name).sampler(backend, **({"module": toy(name)[0]} if backend == "torch" else {}))
-    guided = {"guidance_scale": 2.5} if s.spec.conditional else {}
-    interval = {"guidance_interval": (0.1, 0.8) if name == "flow" else (0.3, 5.0)} if s.spec.conditional else {}
+    guided = {"guidance_scale": 2.5} if s.spec.guidable else {}
+    interval = {"guidance_interval": (0.1, 0.8) if name == "flow" else (0.3, 5.0)} if s.spec.guidable else {}
     for sampler in ("ddim", "heun") if name == "flow" else ("ddim", "ddpm", "dpmpp-2m-sde"):
         for more in ({}, guided, guided | interval):
             settings = dict(num=5, steps=10, sampler=sampler, batch=2, seed=3, **more)

@@ -46,7 +46,7 @@ def inspect(
         + (", input scaled by 1/sqrt(1 + sigma^2)" if spec.scaled else "")
         + (f", clipped to +-{spec.clip:g}" if spec.clip else ""),
         "schedule": f"{spec.schedule.kind}, {len(sigmas)} levels, {level} {sigmas[0]:.4g} to {sigmas[-1]:.4g}",
-        "guidance": f"on {guided}" if spec.conditional else "none",
+        "guidance": f"on {guided}" if spec.guidable else "none",
         "default run": f"{manifest.defaults.sampler}, {manifest.defaults.steps} steps, "
         f"guidance {manifest.defaults.guidance_scale:g}, batch {manifest.defaults.batch} "
         f"(checked up to {manifest.max_batch})",

@@ -51,7 +51,9 @@ class TorchSession:
     def step(self, row: Array, z: Array | None = None) -> None:
         r: dict[str, torch.Tensor] = dict(zip(COLUMNS, torch.from_numpy(np.asarray(row, np.float32)), strict=True))
         x, h = self._x, self._h
-        denoised, log_variance = self.denoise(r, x)
+        denoised, estimate, log_variance = self.denoise(r, x)
+        if self._spec.clip_keeps == "eps":
+            x = x + (denoised - estimate)
         self._x = r["x_x"] * x + r["x_d"] * denoised + r["x_h"] * h
         if row[NOISE] != 0:
             assert z is not None, "a row with noise needs z"
@@ -59,14 +61,15 @@ class TorchSession:
             self._x = self._x + r["x_z"] * scale * torch.from_numpy(z)
         self._h = r["h_x"] * x + r["h_d"] * denoised + r["h_h"] * h
 
-    def denoise(self, r: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """D and V of a row, each (B, *shape); V is None without learned variance."""
-        channels = self._spec.shape[0]
+    def denoise(
+        self, r: dict[str, torch.Tensor], x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """D, D before the clamp, and V of a row, each (B, *shape); V is None without learned variance."""
+        channels, clip = self._spec.shape[0], self._spec.clip
         out = self._network_at(r, x)  # (B, C or 2C, ...)
-        denoised = r["c_skip"] * x + r["c_out"] * out[:, :channels]
-        if self._spec.clip is not None:
-            denoised = denoised.clamp(-self._spec.clip, self._spec.clip)
-        return denoised, out[:, channels:] if self._spec.learned_variance else None
+        estimate = r["c_skip"] * x + r["c_out"] * out[:, :channels]
+        denoised = estimate if clip is None else estimate.clamp(-clip, clip)
+        return denoised, estimate, out[:, channels:] if self._spec.learned_variance else None
 
     def _network_at(self, r: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """The network's output with guidance, (B, C or 2C, ...)."""

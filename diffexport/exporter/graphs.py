@@ -131,7 +131,9 @@ def apply_row(
     size = b.op("Shape", x, start=0, end=1)
     c_noise = b.op("Expand", r["c_noise"], size)  # (B,)
     out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided)
-    denoised = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
+    denoised, estimate = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
+    if spec.clip is not None and spec.clip_keeps == "eps":
+        x = b.op("Add", x, b.op("Sub", denoised, estimate))
 
     noise = b.op("Mul", r["x_z"], z)
     if log_variance is not None:
@@ -143,7 +145,7 @@ def apply_row(
 def denoiser_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
     """(x, sigma, label, guidance) -> denoised, with sigma and guidance (B,), one for each sample.
 
-    ``label`` and ``guidance`` are inputs of models with labels only. sigma must lie above 0.
+    ``label`` is an input of models with labels only, ``guidance`` of those that can be guided. sigma must lie above 0.
     """
     b = GraphBuilder()
     ones = [1] * len(spec.shape)
@@ -154,14 +156,16 @@ def denoiser_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto
     c_in = b.op("Sqrt", alpha_bar) if spec.scaled else None
     x_in = b.op("Mul", "x", c_in) if c_in else "x"
     c_noise = _timestep(b, spec) if spec.noise_input == "timestep" else "sigma"
-    w = b.op("Reshape", "guidance", column) if spec.conditional else None
-    out, _ = _guided_output(b, network, spec, x_in, c_noise, w, guided=spec.conditional)
+    w = b.op("Reshape", "guidance", column) if spec.guidable else None
+    out, _ = _guided_output(b, network, spec, x_in, c_noise, w, guided=spec.guidable)
     c_skip, c_out = _preconditioning(b, spec, sigma, alpha_bar, one)
     _denoised(b, spec, "x", c_skip, c_out, out, name="denoised")
 
     inputs = [tensor("x", [BATCH, *spec.shape]), tensor("sigma", [BATCH])]
     if spec.conditional:
-        inputs += [tensor("label", [BATCH], "INT64"), tensor("guidance", [BATCH])]
+        inputs.append(tensor("label", [BATCH], "INT64"))
+    if spec.guidable:
+        inputs.append(tensor("guidance", [BATCH]))
     return b.model("denoiser", inputs, [tensor("denoised", [BATCH, *spec.shape])], network)
 
 
@@ -171,7 +175,7 @@ def _guided_output(
     """The network's prediction after guidance, (B, *shape), and its learned variance or None."""
     channels = spec.shape[0]
     total = spec.output_shape[0]
-    if not guided or not spec.conditional:
+    if not guided or not spec.guidable:
         feeds = {"net.x": x_in, "net.c_noise": c_noise, "net.label": "label"}
         out = b.network(network, feeds)
         return (_channels(b, out, 0, channels), _channels(b, out, channels, total)) if total > channels else (out, None)
@@ -201,14 +205,14 @@ def _channels(b: GraphBuilder, value: str, start: int, stop: int) -> str:
 
 def _denoised(
     b: GraphBuilder, spec: ModelSpec, x: str, c_skip: str, c_out: str, out: str, name: str | None = None
-) -> str:
-    """D = c_skip*x + c_out*out, clamped where the model asks for it."""
+) -> tuple[str, str]:
+    """D, which is c_skip*x + c_out*out, clamped where the model asks for it; and the same before the clamp."""
     clipped = spec.clip is not None
     terms = b.op("Mul", c_skip, x), b.op("Mul", c_out, out)
-    denoised = b.op("Add", *terms, name=None if clipped else name)
+    estimate = denoised = b.op("Add", *terms, name=None if clipped else name)
     if clipped:
-        denoised = b.op("Clip", denoised, b.constant(-spec.clip), b.constant(spec.clip), name=name)  # type: ignore[operator]
-    return str(denoised)
+        denoised = b.op("Clip", estimate, b.constant(-spec.clip), b.constant(spec.clip), name=name)  # type: ignore[operator]
+    return str(denoised), str(estimate)
 
 
 def _preconditioning(b: GraphBuilder, spec: ModelSpec, sigma: str, alpha_bar: str, one: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def _body(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> onnx.Gr
     noise_rows = b.op("Squeeze", b.op("Shape", "noise", start=0, end=1), axis)
     z = b.op("Gather", "noise", b.op("Mod", i, noise_rows), axis=0)  # (B or 1, *shape)
     following = (scope + "x_next", scope + "h_next")
-    if spec.conditional:
+    if spec.guidable:
         w = b.op("Gather", row, b.constant(GUIDANCE, np.int64), axis=0)
         branches = {}
         for name, guided in (("then_branch", False), ("else_branch", True)):
