@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
+import re
 import shutil
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing_file(target: Path) -> Iterator[Path]:
-    """A temporary sibling file that takes the place of ``target`` when the block ends well, and else is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+def replacing_file(target: Path, *, alone: bool = True) -> Iterator[Path]:
+    """A temporary sibling file that takes the place of ``target`` when the block ends well, and else is removed.
+
+    A killed process leaves ``target`` as it was; its left-over sibling is removed by the next run.
+
+    Args:
+        alone: False for one of very many files of a folder, whose left-overs the caller removes once for all.
+    """
+    with _sibling_file(target, alone) as work:
         yield work
         work.replace(target)
+
+
+@contextlib.contextmanager
+def creating_file(target: Path) -> Iterator[Path]:
+    """A temporary sibling file that becomes ``target`` when the block ends well, unless another process was first."""
+    with _sibling_file(target, alone=True) as work:
+        yield work
+        try:
+            os.link(work, target)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            work.replace(target)
+
+
+@contextlib.contextmanager
+def _sibling_file(target: Path, alone: bool) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if alone:
+        remove_left_overs(target.parent, target.name)
+    work = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        yield work
     finally:
         work.unlink(missing_ok=True)
 
@@ -26,32 +58,69 @@ def replacing_file(target: Path) -> Iterator[Path]:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling folder that takes the place of ``target`` when the block ends well, and else is removed.
 
-    A killed process leaves ``target`` as it was; its left-over sibling is removed by the next run.
+    A killed process leaves ``target`` as it was; its left-over sibling is removed by the next run. Of several processes
+    that write the same folder the last one to end wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}."
-    _remove_left_overs(target.parent, prefix)
-    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
+    remove_left_overs(target.parent, target.name)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
     try:
         work.chmod(0o755)
         yield work
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
-            target.rename(old / target.name)
-            work.rename(target)
-            shutil.rmtree(old)
-        else:
-            work.rename(target)
+        _put(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _remove_left_overs(parent: Path, prefix: str) -> None:
-    """Remove temporary folders of processes that no longer run."""
-    for folder in parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).split(".")[0]
-        if pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+def _put(work: Path, target: Path) -> None:
+    """Give a folder another's name; what had that name before is under the folder's old name afterwards, or gone."""
+    moved: list[Path] = []
+    while True:
+        try:
+            os.rename(work, target)  # where nothing is there, or an empty folder
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if _exchange(work, target):
+            break
+        moved.append(Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent)))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(target, moved[-1] / _OLD)
+    for folder in moved:
+        shutil.rmtree(folder)
+
+
+_OLD = "old"
+"""The name of what is being replaced, inside a temporary folder, where a file system cannot exchange two folders."""
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step, which Linux can on most file systems; False where it cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def remove_left_overs(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that no longer run left in a folder while they wrote ``name``, or anything.
+
+    What one of them was about to replace is put back.
+    """
+    for entry in os.listdir(folder):
+        found, path = _LEFT_OVER.fullmatch(entry), folder / entry
+        if found is None or (name is not None and found["name"] != name) or _runs(int(found["pid"])):
+            continue
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+            continue
+        if (path / _OLD).is_dir():
+            with contextlib.suppress(OSError):  # the new one is there
+                os.rename(path / _OLD, folder / found["name"])
+        shutil.rmtree(path, ignore_errors=True)
+
+
+_LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.\w+", re.DOTALL)
 
 
 def _runs(pid: int) -> bool:

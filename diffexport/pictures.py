@@ -90,6 +90,12 @@ def save_samples(x: Array, path: str | Path, captions: Sequence[str] | None = No
     picture.save(path, format="PNG")
 
 
+def save_sample(x: Array, path: str | Path) -> None:
+    """Write one sample (C, H, W) as a PNG of its own size, one channel as gray."""
+    pixels = to_pixels(x[None])[0]
+    Image.fromarray(pixels[..., 0] if len(x) == 1 else pixels).save(path, format="PNG")
+
+
 @dataclass(frozen=True)
 class Frame:
     """One evaluation of a run: the noise level, the state at unit variance and the denoised estimate, (B, C, H, W)."""

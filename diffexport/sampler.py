@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,12 +31,17 @@ _NOISE_CHUNK = 1 << 18
 
 
 class Sampler:
-    """Draws samples of one model on one session. A sample is decided by its seed, its index and the plan alone."""
+    """Draws samples of one model on one session. A sample is decided by its seed, its index and the plan alone.
+
+    Threads may share a sampler: their batches take turns. To run at the same time, each takes a sampler of its own from
+    the same bundle.
+    """
 
     def __init__(self, spec: ModelSpec, session: Session, defaults: Defaults | None = None) -> None:
         self.spec = spec
         self.session = session
         self.defaults = defaults or Defaults(sampler=default_sampler(spec))
+        self._turn = threading.Lock()  # a session holds the state of one batch
 
     def __enter__(self) -> Sampler:
         return self
@@ -99,12 +105,7 @@ class Sampler:
         if one_call and on_state is not None:
             raise PlanError("on_state: the loop inside the graph shows no states; leave one_call out")
         size = self.defaults.batch if batch is None else batch
-        if size < 1:
-            raise ShapeError(f"batch {size}: expected at least 1")
-        if not 0 <= seed < 2**64:
-            raise ShapeError(f"seed {seed}: expected 0 .. 2^64 - 1")
-        if first < 0:
-            raise ShapeError(f"first {first}: expected 0 or more")
+        check_run(seed, first, size)
         _check_given("x_init", x_init, (count, *self.spec.shape))
         _check_given("noise", noise, (len(plan), count, *self.spec.shape))
 
@@ -117,13 +118,14 @@ class Sampler:
             indices = range(first + part.start, first + part.stop)
             begin = normal(seed, indices, [0], self.spec.shape)[0] if x_init is None else x_init[part]
             drawn = self._drawn(seed, indices, rows) if noise is None else (z[part] for z in noise)
-            out[part] = run(
-                np.float32(plan.x_scale) * begin,
-                None if label is None else label[part],
-                rows,
-                drawn,
-                _counting(on_step, number * len(rows), len(starts) * len(rows)),
-            )
+            with self._turn:
+                out[part] = run(
+                    np.float32(plan.x_scale) * begin,
+                    None if label is None else label[part],
+                    rows,
+                    drawn,
+                    _counting(on_step, number * len(rows), len(starts) * len(rows)),
+                )
         if not np.isfinite(out).all():
             bad = int(np.argwhere(~np.isfinite(out.reshape(count, -1)).all(1))[0, 0])
             raise BackendError(
@@ -206,6 +208,16 @@ class Sampler:
                 ahead = [j for j in noisy if j >= k][:at_once]
                 ready = dict(zip(ahead, normal(seed, indices, [1 + j for j in ahead], self.spec.shape), strict=True))
             yield ready[k]
+
+
+def check_run(seed: int, first: int, batch: int) -> None:
+    """Raise ShapeError for a seed, a first index or a batch that cannot be."""
+    if batch < 1:
+        raise ShapeError(f"batch {batch}: expected at least 1")
+    if not 0 <= seed < 2**64:
+        raise ShapeError(f"seed {seed}: expected 0 .. 2^64 - 1")
+    if first < 0:
+        raise ShapeError(f"first {first}: expected 0 or more")
 
 
 def _counting(on_step: OnStep | None, before: int, total: int) -> Callable[[int], None]:

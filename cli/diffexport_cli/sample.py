@@ -22,6 +22,7 @@ from diffexport_cli.plan_options import (
 from diffexport_cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from diffexport.bundle import Defaults
     from diffexport.pictures import Array, Frame
     from diffexport.plan import Plan
     from diffexport.spec import ModelSpec
@@ -55,7 +56,13 @@ def sample(
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint, for the torch backend.")] = None,
     one_call: Annotated[bool, typer.Option(help="Run the whole loop inside the graph, in one call a batch.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The PNG to write.", show_default="the bundle's name with .png")
+        str | None,
+        typer.Option(
+            help="The PNG to write; a folder (a name that ends in /) gets a file a sample as it is drawn, and the same "
+            "command continues there.",
+            show_default="the bundle's name with .png",
+            metavar="PNG|FOLDER/",
+        ),
     ] = None,
     trajectory: Annotated[
         Path | None, typer.Option(help="Write the run itself: a .gif, or a .png strip; twice the evaluations.")
@@ -63,46 +70,53 @@ def sample(
     npz: Annotated[Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32 and labels.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Draw samples and write them as a PNG, or as arrays.
+    """Draw samples and write them as a PNG, as arrays, or, however many, as a folder of pictures.
 
     Example: diffx sample digits.diffx --labels all --per-label 8 --guidance-scale 2 --seed 0 --out grid.png
+
+    Example: diffx sample digits.diffx --num 10000 --out samples/
     """
     from diffexport.bundle import Bundle
+    from diffexport.errors import DiffexportError
+    from diffexport.sample_folder import draw_into
     from diffexport_cli.output import find_bundle, print_json
 
     opened = Bundle.open(find_bundle(bundle))
-    wanted = _labels(opened.spec, labels, num, per_label)
+    turn, count = _labels(opened.spec, labels, num, per_label)
     options = plan_options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
     plan = opened.plan(sampler, steps, guidance_scale, **options)
+    run: dict[str, Any] = {"plan": plan, "seed": seed, "first": first, "batch": batch, "one_call": one_call}
+    folder = Path(out) if out is not None and (out.endswith("/") or Path(out).is_dir()) else None
     frames = _Frames(opened.spec, plan, trajectory) if trajectory is not None else None
-    if out is None and npz is None and frames is None:
-        out = Path(f"{opened.manifest.name}.png")
+    if folder is not None and (npz is not None or frames is not None):
+        raise DiffexportError(f"--out {out}: a folder takes one file a sample; leave out --npz and --trajectory")
     with (
         progress_bar("sampling") as progress,
         opened.sampler(backend, **_backend_options(opened.spec, backend, checkpoint, threads)) as s,
     ):
-        started = time.perf_counter()
-        x = s.sample(
-            wanted,
-            num=(16 if num is None else num) if wanted is None else None,
-            plan=plan,
-            seed=seed,
-            first=first,
-            batch=batch,
-            one_call=one_call,
-            on_step=lambda done, total: progress("sampling", done / total),
-            on_state=frames.keep if frames is not None else None,
-        )
-        seconds = time.perf_counter() - started
+        started, kept = time.perf_counter(), 0
+        if folder is not None:
+            described = _described(opened.manifest.defaults, sampler, steps, guidance_scale, options)
+            done = draw_into(folder, opened, s, labels=turn, num=count, described=described, progress=progress, **run)
+            seconds, kept, written = time.perf_counter() - started, done.kept, [f"{folder}/"]
+        else:
+            wanted = None if turn is None else [turn[k % len(turn)] for k in range(count)]
+            x = s.sample(
+                wanted,
+                num=count if wanted is None else None,
+                on_step=lambda done, total: progress("sampling", done / total),
+                on_state=frames.keep if frames is not None else None,
+                **run,
+            )
+            seconds = time.perf_counter() - started
+            picture = f"{opened.manifest.name}.png" if out is None and npz is None and frames is None else out
+            columns = len(turn) if turn is not None and per_label else None
+            written = _write(opened.spec, x, wanted, Path(picture) if picture else None, npz, columns)
+            written += [frames.write()] if frames is not None else []
         device = s.session.device
-    indices = None if wanted is None else [opened.spec.label_index(label) for label in wanted]
-    written = _write(
-        opened.spec, x, indices, out, npz, columns=len(wanted) // per_label if wanted and per_label else None
-    )
-    if frames is not None:
-        written.append(frames.write())
     result: dict[str, Any] = {
-        "samples": len(x),
+        "samples": count - kept,
+        "kept": kept,
         "backend": backend,
         "device": device,
         "rows": len(plan),
@@ -116,8 +130,10 @@ def sample(
         print_json(result)
         return
     saved = f" ({plan.saved} saved by the guidance interval)" if plan.saved else ""
+    there = f" ({kept} more were there)" if kept else ""
     print(
-        f"{len(x)} samples on {backend} ({device}), {plan.evaluations} network evaluations each{saved}, {seconds:.2f} s"
+        f"{count - kept} samples{there} on {backend} ({device}), "
+        f"{plan.evaluations} network evaluations each{saved}, {seconds:.2f} s"
     )
     for path in written:
         print(f"wrote {path}")
@@ -154,14 +170,16 @@ class _Frames:
         return str(self.path)
 
 
-def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int | None) -> list[int | str] | None:
-    """One label for each sample, or None for a model without labels."""
+def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int | None) -> tuple[list[int] | None, int]:
+    """The labels that samples have in turn, None for a model without labels, and how many samples there are."""
     from diffexport.errors import ShapeError
 
+    if num is not None and num < 1:
+        raise ShapeError(f"--num {num}: expected at least 1")
     if not spec.conditional:
         if text is not None or per_label is not None:
             raise ShapeError("--labels, --per-label: this model has no labels; use --num")
-        return None
+        return None, 16 if num is None else num
     given: list[int | str] = []
     for part in "all" if text is None else text.split(","):
         low, dash, high = part.strip().partition("-")
@@ -171,15 +189,23 @@ def _labels(spec: ModelSpec, text: str | None, num: int | None, per_label: int |
             given.append(part.strip())
     if text is None or text.strip() == "all":
         given = list(range(spec.num_classes))
+    turn = [spec.label_index(label) for label in given]
     if per_label is not None:
         if per_label < 1 or num is not None:
             raise ShapeError(f"--per-label {per_label}: expected at least 1, and no --num beside it")
-        return given * per_label
-    if num is not None and num < 1:
-        raise ShapeError(f"--num {num}: expected at least 1")
-    if num is None and text is None:
-        num = min(spec.num_classes, 16)
-    return given if num is None else [given[k % len(given)] for k in range(num)]
+        return turn, len(turn) * per_label
+    if num is None:
+        num = min(spec.num_classes, 16) if text is None else len(turn)
+    return turn, num
+
+
+def _described(
+    defaults: Defaults, sampler: str | None, steps: int | None, guidance_scale: float | None, options: dict[str, Any]
+) -> str:
+    """A plan in words."""
+    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    words = [f"{sampler or defaults.sampler}, {steps or defaults.steps} steps, guidance {guidance:g}"]
+    return ", ".join(words + [f"{name} {value}" for name, value in options.items()])
 
 
 def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:
