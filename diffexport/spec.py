@@ -5,6 +5,7 @@ Shapes used everywhere: B user batch, C channels, H and W sides; a sample is (C,
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import msgspec
@@ -122,3 +123,29 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if not 0 <= index < self.num_classes:
             raise ShapeError(f"label {index}: this model has labels 0..{self.num_classes - 1}")
         return index
+
+
+class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The facts of a decoder of latents: ``image = decoder(x / scaling_factor + shift)``, about -1 .. 1."""
+
+    upscale: int
+    """Pixels on a side for each latent."""
+    channels: int = 3
+    """Of the images."""
+    scaling_factor: float = 1.0
+    """What latents were multiplied by before the network was trained on them."""
+    shift: float = 0.0
+    """What was taken from them before that."""
+    tile: int | None = None
+    """Latents whose longer side is above this are decoded in square tiles of this side; None decodes any size whole."""
+
+    def __post_init__(self) -> None:
+        if self.upscale < 1 or self.channels < 1 or (self.tile is not None and self.tile < 1):
+            raise SpecError(
+                f"decoder of upscale {self.upscale}, channels {self.channels}, tile {self.tile}: expected at least 1"
+            )
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0 and math.isfinite(self.shift)):
+            raise SpecError(
+                f"decoder of scaling_factor {self.scaling_factor}, shift {self.shift}: expected finite numbers, "
+                "the first above 0"
+            )

@@ -224,14 +224,14 @@ def _make(
         raise SpecError(f"weights of {a(family.name)} do not tell everything: give {', '.join(missing)}{where}")
     with torch.device("meta"):
         module: Any = family.build(args, shapes)
-    _check_names(family, {name: tuple(value.shape) for name, value in module.state_dict().items()}, shapes)
+    check_names(family.name, {name: tuple(value.shape) for name, value in module.state_dict().items()}, shapes)
     module.load_state_dict(state, assign=True)
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a buffer without a value"
     return module.eval().requires_grad_(False), {"class": family.model_class, **args}
 
 
-def _check_names(family: Family, expected: Mapping[str, tuple[int, ...]], got: Shapes) -> None:
-    """Raise CheckpointError for the first tensor that is missing, not expected, or of another shape."""
+def check_names(kind: str, expected: Mapping[str, tuple[int, ...]], got: Shapes) -> None:
+    """Raise CheckpointError for the first tensor of a kind of model that is missing, not expected, or of another shape."""
     missing = [name for name in expected if name not in got]
     unexpected = [name for name in got if name not in expected]
     reshaped = [name for name in expected if name in got and got[name] != expected[name]]
@@ -244,7 +244,7 @@ def _check_names(family: Family, expected: Mapping[str, tuple[int, ...]], got: S
         name = reshaped[0]
         problems.append(f"{name} has shape {got[name]}, expected {expected[name]}{_and_more(reshaped)}")
     if problems:
-        raise CheckpointError(f"looks like {a(family.name)}, but {'; '.join(problems)}")
+        raise CheckpointError(f"looks like {a(kind)}, but {'; '.join(problems)}")
 
 
 def _and_more(names: list[str]) -> str:
