@@ -6,6 +6,8 @@
     step_plain.onnx     the same without guidance, for rows with w = 1
     denoiser.onnx       (x, sigma, label, guidance) -> D
     sampler.onnx        (x_init, label, plan, noise) -> x, the whole loop in one call
+    decoder.onnx        x -> image, of models of latents that were exported with a decoder
+    sampler_decoded.onnx  (x_init, label, plan, noise) -> image, x: label to image in one call, with a decoder
     plans.safetensors   ready-made plans for runtimes without Python
     golden.safetensors  golden cases: recorded inputs and PyTorch's outputs
     certificate.json    what was measured against PyTorch, with the manifest's sha256
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 
 from diffexport.errors import BundleError, SpecError
 from diffexport.plan import Plan, make_plan
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     from diffexport.sampler import Sampler
@@ -35,6 +37,7 @@ SUFFIX = ".diffx"
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 WEIGHTS, PLANS, GOLDEN = "weights.bin", "plans.safetensors", "golden.safetensors"
 GRAPHS = ("step", "step_plain", "denoiser", "sampler")
+DECODER_GRAPHS = ("decoder", "sampler_decoded")
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Tensors = dict[str, NDArray[Any]]
@@ -74,6 +77,14 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
 
+class Decoder(DecoderSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The decoder of a bundle."""
+
+    parameters: int
+    source: str
+    """sha256 over the names and values of its weights."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is in a bundle."""
 
@@ -89,6 +100,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: dict[str, FileEntry]
     tools: dict[str, str]
     """Versions of what made the graphs."""
+    decoder: Decoder | None = None
+    """What makes images of the samples, where these are latents."""
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The names of the bundle's graphs."""
+        return GRAPHS + (DECODER_GRAPHS if self.decoder is not None else ())
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,14 +158,16 @@ class Bundle:
         for name, entry in manifest.files.items():
             _check_file(path, name, entry)
         missing = [
-            name for name in (WEIGHTS, PLANS, GOLDEN, *(f"{g}.onnx" for g in GRAPHS)) if name not in manifest.files
+            name
+            for name in (WEIGHTS, PLANS, GOLDEN, *(f"{g}.onnx" for g in manifest.graphs))
+            if name not in manifest.files
         ]
         if missing:
             raise BundleError(f"{path}: the manifest does not list {missing[0]}; export the model again")
         return cls(path, manifest)
 
     def graph(self, name: str) -> Path:
-        """The path of one of ``GRAPHS``."""
+        """The path of one of ``Manifest.graphs``."""
         return self.path / f"{name}.onnx"
 
     def certificate(self) -> Certificate:
@@ -184,7 +204,8 @@ class Bundle:
         from diffexport.backends import open_session
         from diffexport.sampler import Sampler
 
-        return Sampler(self.spec, open_session(self, backend, **options), self.manifest.defaults)
+        session = open_session(self, backend, **options)
+        return Sampler(self.spec, session, self.manifest.defaults, self.manifest.decoder)
 
 
 def load(path: str | Path) -> Bundle:

@@ -195,6 +195,25 @@ def _looping(spec: ModelSpec, rows: Array, sigma: float) -> Callable[[Session, l
     return run
 
 
+def check_decoder(
+    reference: Session, candidate: Session, spec: ModelSpec, comparison: Comparison, precision: Precision
+) -> list[Measurement]:
+    """The decoder on final samples of the run that was compared, alone and at the end of a run of one row in one call."""
+    results = []
+    expected = reference.decode(comparison.final[:2])
+    for batch in range(1, len(expected) + 1):
+        found = candidate.decode(comparison.final[:batch])
+        results.append(measure_step("decoder", found, expected[:batch], precision))
+    level = float(probe_levels(spec)[-1])
+    start = probe_state(spec, level, LEVELS + 2, [0])
+    feeds = start.x, start.label, mixing_row(spec, level, probe_guidance(spec))[None], start.z[None]
+    for name, found, wanted in zip(
+        ("latents", "image"), candidate.run_decoded(*feeds), reference.run_decoded(*feeds), strict=True
+    ):
+        results.append(measure_step(f"one row and the decoder in one call, {name}", found, wanted, precision))
+    return results
+
+
 def check_denoiser(graph: Path, spec: ModelSpec, comparison: Comparison, precision: Precision) -> Measurement:
     """The denoiser graph on one batch whose samples have all noise levels, beside PyTorch's D of each."""
     from diffexport.backends.onnxruntime import run_graph

@@ -28,16 +28,18 @@ MAX_NUMBERS = 1 << 13
 """Samples of a case times their numbers; at least two samples are kept whatever their size."""
 
 
-def golden_cases(reference: Session, spec: ModelSpec, plan: Plan, final: Array) -> Tensors:
+def golden_cases(reference: Session, spec: ModelSpec, plan: Plan, final: Array, *, decoded: bool = False) -> Tensors:
     """Recorded inputs and PyTorch's outputs, small enough to travel with the bundle.
 
     ``step.K.{x,h,z,row,label}`` -> ``step.K.{x_next,h_next}``: one row at the K-th of three noise levels, the second
     without guidance.
     ``run.{rows,x_scale,label}`` -> ``run.x``: a whole run, its noise drawn from seed 0, samples 0, 1.
+    ``decoder.x`` -> ``decoder.image``: sample 0 of that run, of bundles with a decoder.
 
     Args:
         plan: of the run.
-        final: PyTorch's final images of it, of which the first two are kept; see ``Comparison``.
+        final: PyTorch's final samples of it, of which the first two are kept; see ``Comparison``.
+        decoded: whether the reference has a decoder.
     """
     size = math.prod(spec.shape)
     batch = max(2, min(MAX_BATCH, MAX_NUMBERS // size))
@@ -58,6 +60,8 @@ def golden_cases(reference: Session, spec: ModelSpec, plan: Plan, final: Array) 
     labels = probe_labels(spec, range(len(cases["run.x"])))
     if labels is not None:
         cases["run.label"] = labels
+    if decoded:
+        cases["decoder.x"], cases["decoder.image"] = final[:1], reference.decode(final[:1])
     return cases
 
 
@@ -77,4 +81,7 @@ def check_golden(session: Session, spec: ModelSpec, cases: Tensors, precision: P
     plan = Plan(rows, float(cases["run.x_scale"][0]), rows[:, COLUMNS.index("c_noise")])
     found = run_plan(session, spec, plan, len(x))
     results.append(measure_run("golden run", found, x, precision))
+    if "decoder.x" in cases:
+        found = session.decode(cases["decoder.x"])
+        results.append(measure_step("golden image", found, cases["decoder.image"], precision))
     return results

@@ -13,15 +13,19 @@ from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
 from diffexport.bundle import Defaults
-from diffexport.errors import BackendError, PlanError, ShapeError
+from diffexport.decoding import OnTile, decode
+from diffexport.errors import BackendError, BundleError, PlanError, ShapeError
 from diffexport.noise import normal
 from diffexport.plan import NOISE, Plan, default_sampler, denoising
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 OnStep = Callable[[int, int], None]
 """Called after each row with (evaluations of a row done so far, those of the whole call)."""
+
+OnImages = Callable[[Array], None]
+"""Called after each batch with its images, (B, channels, H, W)."""
 
 OnState = Callable[[int, Array, Array], None]
 """Called before each row with its index, the state x and the denoised estimate D, each (B, *shape)."""
@@ -37,9 +41,16 @@ class Sampler:
     the same bundle.
     """
 
-    def __init__(self, spec: ModelSpec, session: Session, defaults: Defaults | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        session: Session,
+        defaults: Defaults | None = None,
+        decoder: DecoderSpec | None = None,
+    ) -> None:
         self.spec = spec
         self.session = session
+        self.decoder = decoder
         self.defaults = defaults or Defaults(sampler=default_sampler(spec))
         self._turn = threading.Lock()  # a session holds the state of one batch
 
@@ -70,6 +81,7 @@ class Sampler:
         on_step: OnStep | None = None,
         on_state: OnState | None = None,
         one_call: bool = False,
+        on_images: OnImages | None = None,
         **options: Any,
     ) -> Array:
         """Draw samples.
@@ -87,6 +99,7 @@ class Sampler:
             on_step: called after each step; after each batch with ``one_call``.
             on_state: called before each row; costs one more evaluation a row. Not with ``one_call``.
             one_call: run the whole loop inside the graph, one call a batch, in place of one call a row.
+            on_images: called with the images of each batch, which the graph decodes too; with ``one_call`` only.
 
         Returns:
             (num, *shape) float32.
@@ -104,6 +117,10 @@ class Sampler:
             raise PlanError("plan: give either a ready plan or sampler, steps and guidance_scale, not both")
         if one_call and on_state is not None:
             raise PlanError("on_state: the loop inside the graph shows no states; leave one_call out")
+        if on_images is not None:
+            self._needed_decoder()
+        if on_images is not None and not one_call:
+            raise PlanError("on_images: a loop in steps makes no images; give one_call=True, or decode() the samples")
         size = self.defaults.batch if batch is None else batch
         check_run(seed, first, size)
         _check_given("x_init", x_init, (count, *self.spec.shape))
@@ -111,7 +128,9 @@ class Sampler:
 
         out = np.empty((count, *self.spec.shape), np.float32)
         rows = plan.rows.astype(np.float32)
-        run = self._in_one_call if one_call else functools.partial(self._stepped, on_state=on_state)
+        run: Callable[..., Array] = functools.partial(self._stepped, on_state=on_state)
+        if one_call:
+            run = functools.partial(self._in_one_call, on_images=on_images)
         starts = range(0, count, size)
         for number, start in enumerate(starts):
             part = slice(start, min(start + size, count))
@@ -133,6 +152,20 @@ class Sampler:
                 "check the bundle with `diffx verify`"
             )
         return out
+
+    def decode(self, x: Array, tile: int | None = None, on_tile: OnTile | None = None) -> Array:
+        """Images of samples that are latents, (B, channels, H, W); see ``diffexport.decoding.decode``.
+
+        Raises:
+            BundleError: the bundle has no decoder.
+            ShapeError: a tile that cannot be.
+        """
+        return decode(self.session, self._needed_decoder(), x, tile, on_tile)
+
+    def _needed_decoder(self) -> DecoderSpec:
+        if self.decoder is None:
+            raise BundleError("this bundle has no decoder; export the model with --vae FOLDER")
+        return self.decoder
 
     def plan(
         self, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None, **options: Any
@@ -182,13 +215,18 @@ class Sampler:
         rows: Array,
         drawn: Iterable[Array | None],
         done: Callable[[int], None],
+        on_images: OnImages | None,
     ) -> Array:
         """One call for all rows, whose noise is held at once; a plan without noise needs none."""
         if np.any(rows[:, NOISE]):
             noise = np.stack([np.zeros_like(x) if z is None else z for z in drawn])
         else:
             noise = self._no_noise()
-        x = self.session.run(x, label, rows, noise)
+        if on_images is None:
+            x = self.session.run(x, label, rows, noise)
+        else:
+            x, images = self.session.run_decoded(x, label, rows, noise)
+            on_images(images)
         done(len(rows))
         return x
 

@@ -137,7 +137,7 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shift: float = 0.0
     """What was taken from them before that."""
     tile: int | None = None
-    """Latents whose longer side is above this are decoded in square tiles of this side; None decodes any size whole."""
+    """Pixels on a side of the tiles in which larger images are decoded; None where images are decoded whole."""
 
     def __post_init__(self) -> None:
         if self.upscale < 1 or self.channels < 1 or (self.tile is not None and self.tile < 1):

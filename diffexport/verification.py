@@ -11,7 +11,7 @@ import numpy as np
 
 from diffexport.backends import open_session
 from diffexport.bundle import Bundle, Measurement, Tensors
-from diffexport.comparison import Progress, compare, scope_of
+from diffexport.comparison import Progress, check_decoder, compare, scope_of
 from diffexport.errors import BackendError, BundleError, DiffexportError, PlanError
 from diffexport.golden import check_golden
 from diffexport.parity import describe, severity
@@ -43,6 +43,7 @@ def verify(
     *,
     module: torch.nn.Module | None = None,
     spec: ModelSpec | None = None,
+    decoder: torch.nn.Module | None = None,
     thorough: bool = False,
     progress: Progress | None = None,
 ) -> list[Finding]:
@@ -51,6 +52,7 @@ def verify(
     Args:
         backends: which to run the golden cases on.
         module, spec: the checkpoint that the bundle should be of; compared as at export.
+        decoder: the decoder that the bundle should hold, compared likewise.
         thorough: compare whole runs at every batch, as export does for small models.
 
     Returns:
@@ -73,9 +75,9 @@ def verify(
     findings += [_certificate(bundle), _plans(bundle)]
     for index, backend in enumerate(backends):
         report(f"golden cases on {backend}", 0.1 + 0.3 * index / len(backends))
-        findings.append(golden_finding(bundle, backend, module))
+        findings.append(golden_finding(bundle, backend, module, decoder))
     if module is not None and spec is not None:
-        findings += _against(bundle, module, spec, thorough, lambda what, part: report(what, 0.4 + 0.6 * part))
+        findings += _against(bundle, module, spec, decoder, thorough, lambda what, part: report(what, 0.4 + 0.6 * part))
     report("done", 1.0)
     return findings
 
@@ -116,10 +118,12 @@ def _follows(spec: ModelSpec, plans: Tensors, name: str) -> bool:
     return all(a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in pairs)
 
 
-def golden_finding(bundle: Bundle, backend: str, module: torch.nn.Module | None = None) -> Finding:
+def golden_finding(
+    bundle: Bundle, backend: str, module: torch.nn.Module | None = None, decoder: torch.nn.Module | None = None
+) -> Finding:
     """The golden cases on one backend."""
     name = f"golden cases on {backend}"
-    session = open_session(bundle, backend, **({"module": module} if backend == "torch" else {}))
+    session = open_session(bundle, backend, **({"module": module, "decoder": decoder} if backend == "torch" else {}))
     try:
         measurements = check_golden(session, bundle.spec, bundle.golden(), bundle.manifest.precision)
     except (DiffexportError, KeyError, ValueError) as error:
@@ -132,11 +136,15 @@ def golden_finding(bundle: Bundle, backend: str, module: torch.nn.Module | None 
 
 
 def _against(
-    bundle: Bundle, module: torch.nn.Module, spec: ModelSpec, thorough: bool, progress: Progress
+    bundle: Bundle,
+    module: torch.nn.Module,
+    spec: ModelSpec,
+    decoder: torch.nn.Module | None,
+    thorough: bool,
+    progress: Progress,
 ) -> list[Finding]:
     """The bundle is of this module: same facts, same weights, same results."""
     from diffexport.backends.torch import TorchSession
-    from diffexport.exporter.write import weights_digest
 
     manifest = bundle.manifest
     told = [name for name in spec.__struct_fields__ if name != "architecture"]
@@ -151,20 +159,29 @@ def _against(
             f"the bundle {getattr(manifest.model, differing[0])!r}",
         )
     )
-    same = weights_digest(module) == manifest.source
-    weights = Finding(
-        "weights of the checkpoint", same, "are those exported" if same else "are not those that were exported"
-    )
+    findings = [facts, _source("weights of the checkpoint", module, manifest.source)]
+    if decoder is not None and manifest.decoder is not None:
+        findings.append(_source("weights of the decoder", decoder, manifest.decoder.source))
     if spec.shape != manifest.model.shape or spec.num_classes != manifest.model.num_classes:
-        return [facts, weights]
+        return findings
     scope = scope_of(manifest.parameters, manifest.defaults.batch, manifest.max_batch, whole=thorough or None)
     session = open_session(bundle, "ort")
     try:
-        reference = TorchSession(module, spec)
+        pair = (decoder, manifest.decoder) if decoder is not None and manifest.decoder is not None else None
+        reference = TorchSession(module, spec, pair)
         compared = compare(reference, session, spec, manifest.precision, scope, manifest.defaults, progress)
+        if pair is not None:
+            compared.measurements += check_decoder(reference, session, spec, compared, manifest.precision)
     finally:
         session.close()
-    return [facts, weights, _finding("results beside PyTorch's", compared.measurements)]
+    return [*findings, _finding("results beside PyTorch's", compared.measurements)]
+
+
+def _source(name: str, module: torch.nn.Module, digest: str) -> Finding:
+    from diffexport.exporter.write import weights_digest
+
+    same = weights_digest(module) == digest
+    return Finding(name, same, "are those exported" if same else "are not those that were exported")
 
 
 def _finding(name: str, measurements: Sequence[Measurement]) -> Finding:

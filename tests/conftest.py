@@ -9,7 +9,7 @@ from torch import nn
 
 import diffexport
 from diffexport.schedules import DEFAULT_SCHEDULES
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 from diffexport_cli.app import main
 
 torch.set_num_threads(1)
@@ -42,6 +42,22 @@ class ToyPoints(nn.Module):
 
     def forward(self, x, c_noise):
         return self.net(torch.cat([x, torch.log1p(c_noise)[:, None]], 1))
+
+
+class ToyDecoder(nn.Module):
+    """A decoder of two channels of latents to RGB at twice the side, whose every pixel depends on all latents."""
+
+    spec = DecoderSpec(upscale=2, scaling_factor=0.7, shift=0.1)
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 16, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.last = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, latents):
+        h = nn.functional.silu(self.norm(self.first(latents)))
+        return self.last(nn.functional.interpolate(h, scale_factor=2.0))
 
 
 def _toys():
@@ -105,14 +121,26 @@ def toy():
 
 
 @pytest.fixture(scope="session")
-def toy_bundle(toy, tmp_path_factory):
-    """``toy_bundle(name)`` gives the bundle of one of TOYS, exported once."""
+def toy_decoder():
+    """``toy_decoder()`` gives a decoder of toy pictures and its spec, the same weights every time."""
+
+    def make():
+        torch.manual_seed(1)
+        return ToyDecoder().eval(), ToyDecoder.spec
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy, toy_decoder, tmp_path_factory):
+    """``toy_bundle(name)`` gives the bundle of one of TOYS, exported once; "decoded" is "variance" with a decoder."""
     made = {}
 
     def make(name):
         if name not in made:
             out = tmp_path_factory.mktemp("bundles") / f"{name}.diffx"
-            made[name] = diffexport.export(*toy(name), out, max_batch=4)
+            network, decoder = (toy("variance"), toy_decoder()) if name == "decoded" else (toy(name), None)
+            made[name] = diffexport.export(*network, out, decoder=decoder, max_batch=4)
         return made[name]
 
     return make

@@ -13,6 +13,7 @@ from diffexport.probes import mixing_row, probe_levels, probe_state
 
 GRAPHS = ["step", "step_plain", "denoiser", "sampler"]
 NAMES = ["plain", "variance", "flow", "unguided", "points"]
+CASES = [*((name, graph) for name in NAMES for graph in GRAPHS), ("decoded", "decoder"), ("decoded", "sampler_decoded")]
 
 
 def inputs(spec, batch):
@@ -34,8 +35,7 @@ def inputs(spec, batch):
     }
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), CASES)
 def test_openvino_runs_every_graph(toy_bundle, name, graph):
     bundle = toy_bundle(name)
     compiled = openvino.Core().compile_model(bundle.graph(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -49,8 +49,7 @@ def test_openvino_runs_every_graph(toy_bundle, name, graph):
             assert relative_l2(result, expected[output]) < 1e-5
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "graph"), CASES)
 def test_tensorrt_for_rtx_builds_every_graph(toy_bundle, name, graph):
     """A real engine, built without a GPU, with a range for the batch and for the number of rows."""
     logger = trt.Logger(trt.Logger.ERROR)

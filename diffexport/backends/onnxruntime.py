@@ -128,6 +128,15 @@ class OnnxRuntimeSession:
         (result,) = self._session("sampler").run(["x"], feeds)
         return cast(Array, result)
 
+    def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
+        feeds = {"x_init": x, "plan": rows, "noise": noise} | ({} if label is None else {"label": label})
+        latents, image = self._session("sampler_decoded").run(["x", "image"], feeds)
+        return cast(Array, latents), cast(Array, image)
+
+    def decode(self, x: Array) -> Array:
+        (image,) = self._session("decoder").run(["image"], {"x": x})
+        return cast(Array, image)
+
     def state(self) -> tuple[Array, Array]:
         state = self._begun()
         return state.x[state.current].copy(), state.h[state.current].copy()

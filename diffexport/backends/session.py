@@ -39,6 +39,14 @@ class Session(Protocol):
         """
         ...
 
+    def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
+        """As ``run``, of a bundle with a decoder: the samples and their images, all in one call."""
+        ...
+
+    def decode(self, x: Array) -> Array:
+        """Latents (B, C, h, w) of any sides to images (B, channels, H, W), of a bundle with a decoder, in one call."""
+        ...
+
     def state(self) -> tuple[Array, Array]:
         """Copies of x and h on the host."""
         ...

@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 from diffexport.backends.session import Array
 from diffexport.errors import BackendError
 from diffexport.plan import COLUMNS, NOISE
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     from diffexport.bundle import Bundle
 
 
-def open_session(bundle: Bundle, *, module: torch.nn.Module | None = None) -> TorchSession:
-    """A session on the module that the bundle was exported from; the bundle itself holds graphs only."""
+def open_session(
+    bundle: Bundle, *, module: torch.nn.Module | None = None, decoder: torch.nn.Module | None = None
+) -> TorchSession:
+    """A session on the modules that the bundle was exported from; the bundle itself holds graphs only."""
     if module is None:
         raise BackendError(
             "backend 'torch' runs the PyTorch module itself: give --checkpoint FILE (in Python, module=...)"
         )
-    return TorchSession(module, bundle.spec)
+    facts = bundle.manifest.decoder
+    return TorchSession(module, bundle.spec, (decoder, facts) if decoder is not None and facts is not None else None)
 
 
 class TorchSession:
@@ -36,9 +39,12 @@ class TorchSession:
     backend = "torch"
     device = "CPU"
 
-    def __init__(self, module: torch.nn.Module, spec: ModelSpec) -> None:
+    def __init__(
+        self, module: torch.nn.Module, spec: ModelSpec, decoder: tuple[torch.nn.Module, DecoderSpec] | None = None
+    ) -> None:
         self._network = module.eval()
         self._spec = spec
+        self._decoder = decoder
         self._x = self._h = torch.empty(0)
         self._label: torch.Tensor | None = None
 
@@ -98,6 +104,18 @@ class TorchSession:
         result = self.state()[0]
         self._x, self._h, self._label = kept
         return result
+
+    def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
+        latents = self.run(x, label, rows, noise)
+        return latents, self.decode(latents)
+
+    @torch.inference_mode()
+    def decode(self, x: Array) -> Array:
+        if self._decoder is None:
+            raise BackendError("backend 'torch' needs the decoder itself: give --vae FOLDER (in Python, decoder=...)")
+        module, spec = self._decoder
+        image: Array = module(torch.from_numpy(x) / spec.scaling_factor + spec.shift).numpy()
+        return image
 
     def state(self) -> tuple[Array, Array]:
         return self._x.numpy().copy(), self._h.numpy().copy()

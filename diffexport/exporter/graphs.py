@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffexport.exporter.trace import BATCH, OPSET
+from diffexport.exporter.trace import BATCH, LATENT_SIDES, OPSET
 from diffexport.plan import COLUMNS
 from diffexport.schedules import schedule_sigmas
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -84,11 +84,12 @@ class GraphBuilder:
 
         return helper.make_graph(self.nodes, name, inputs, outputs)
 
-    def model(self, name: str, inputs: list[Any], outputs: list[Any], network: onnx.GraphProto) -> onnx.ModelProto:
-        """A model of these nodes, the network's weights and the constants."""
+    def model(self, name: str, inputs: list[Any], outputs: list[Any], *networks: onnx.GraphProto) -> onnx.ModelProto:
+        """A model of these nodes, the networks' weights and the constants."""
         from onnx import helper
 
-        graph = helper.make_graph(self.nodes, name, inputs, outputs, [*network.initializer, *self.constants])
+        weights = [weight for network in networks for weight in network.initializer]
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, [*weights, *self.constants])
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
@@ -167,6 +168,21 @@ def denoiser_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto
     if spec.guidable:
         inputs.append(tensor("guidance", [BATCH]))
     return b.model("denoiser", inputs, [tensor("denoised", [BATCH, *spec.shape])], network)
+
+
+def decoder_graph(decoder: onnx.GraphProto, spec: DecoderSpec, channels: int) -> onnx.ModelProto:
+    """x -> image: latents (B, channels, h, w) as the sampler leaves them, of any sides, to images in about -1 .. 1."""
+    b = GraphBuilder()
+    apply_decoder(b, decoder, spec, "x")
+    inputs = [tensor("x", [BATCH, channels, *LATENT_SIDES])]
+    image = tensor("image", [BATCH, spec.channels, *(f"{spec.upscale}*{side}" for side in LATENT_SIDES)])
+    return b.model("decoder", inputs, [image], decoder)
+
+
+def apply_decoder(b: GraphBuilder, decoder: onnx.GraphProto, spec: DecoderSpec, x: str) -> None:
+    """The definition of ``DecoderSpec``: from latents x to ``image``."""
+    latents = b.op("Add", b.op("Div", x, b.constant(spec.scaling_factor)), b.constant(spec.shift))
+    b.add("Identity", [b.network(decoder, {"dec.x": latents})], ["image"])
 
 
 def _guided_output(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffexport.exporter.graphs import GraphBuilder, apply_row, tensor
+from diffexport.exporter.graphs import GraphBuilder, apply_decoder, apply_row, tensor
 from diffexport.exporter.trace import BATCH
 from diffexport.plan import COLUMNS, GUIDANCE
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -22,6 +22,24 @@ def sampler_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
     (1, 1, *shape) of anything finite for a plan that adds none. Rows with w = 1 evaluate the network once, not twice.
     """
     b = GraphBuilder()
+    inputs, outputs = _loop(b, network, spec)
+    return b.model("sampler", inputs, outputs, network)
+
+
+def decoded_sampler_graph(
+    network: onnx.GraphProto, spec: ModelSpec, decoder: onnx.GraphProto, decoder_spec: DecoderSpec
+) -> onnx.ModelProto:
+    """(x_init, label, plan, noise) -> image, x: as ``sampler_graph``, and the latents decoded."""
+    b = GraphBuilder()
+    inputs, outputs = _loop(b, network, spec)
+    apply_decoder(b, decoder, decoder_spec, "x")
+    sides = (decoder_spec.upscale * side for side in spec.shape[1:])
+    image = tensor("image", [BATCH, decoder_spec.channels, *sides])
+    return b.model("sampler_decoded", inputs, [image, *outputs], network, decoder)
+
+
+def _loop(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> tuple[list[Any], list[Any]]:
+    """The Loop in a graph; the inputs that it reads and its output x."""
     rows = b.op("Shape", "plan", start=0, end=1)
     rows = b.op("Squeeze", rows, b.constant([0], np.int64))
     zero = b.op("Expand", b.constant(0.0), b.op("Shape", "x_init"))
@@ -33,7 +51,7 @@ def sampler_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
         tensor("plan", ["rows", len(COLUMNS)]),
         tensor("noise", ["noise_rows", "noise_batch", *spec.shape]),
     ]
-    return b.model("sampler", inputs, [tensor("x", [BATCH, *spec.shape])], network)
+    return inputs, [tensor("x", [BATCH, *spec.shape])]
 
 
 def _body(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> onnx.GraphProto:

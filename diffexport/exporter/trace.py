@@ -1,4 +1,4 @@
-"""The network alone, traced once: ``F(x, c_noise, label) -> out`` with a dynamic batch N.
+"""The network alone, traced once: ``F(x, c_noise, label) -> out`` with a dynamic batch N; and a decoder likewise.
 
 Everything around it (guidance, preconditioning, the update) is put there by ``diffexport.exporter.graphs``, so one trace
 serves every graph of a bundle and no wrapper can change what was traced.
@@ -10,11 +10,11 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from diffexport.errors import ExportError
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -24,6 +24,7 @@ OPSET = 20
 """Newest opset whose attention, written out, ONNX Runtime, OpenVINO and TensorRT all take in every precision."""
 
 BATCH = "batch"
+LATENT_SIDES = ("height", "width")
 EXAMPLE_BATCH = 3
 """Not 1, which an exporter may take for a constant, nor 2, the factor of guidance."""
 
@@ -47,32 +48,77 @@ def trace_network(module: torch.nn.Module, spec: ModelSpec) -> onnx_ir.Model:
     x = torch.zeros(EXAMPLE_BATCH, *spec.shape)
     c_noise = torch.ones(EXAMPLE_BATCH)
     label = torch.zeros(EXAMPLE_BATCH, dtype=torch.int64)
-    args = (x, c_noise, label) if spec.conditional else (x, c_noise)
-    names = ["net.x", "net.c_noise", "net.label"][: len(args)]
-    batch = torch.export.Dim(BATCH, min=1, max=1 << 16)
+    args = {"x": x, "c_noise": c_noise} | ({"label": label} if spec.conditional else {})
+    model = _traced(module, "net", spec.family, args, {0: BATCH})
+    _check_batch(model, spec.family)
+    (out,) = model.graph.outputs
+    found = tuple(out.shape)[1:] if out.shape is not None else ()
+    if found != spec.output_shape:
+        raise ExportError(
+            f"{spec.family}: the module returns samples of shape {found}, its spec says {spec.output_shape}"
+        )
+    return model
+
+
+def trace_decoder(module: torch.nn.Module, spec: DecoderSpec, channels: int) -> onnx_ir.Model:
+    """Trace a decoder, called as ``module(latents)`` with latents (N, channels, h, w) of any sides.
+
+    Returns:
+        As ``trace_network``, with input ``dec.x`` and output ``dec.out``.
+
+    Raises:
+        ExportError: the module cannot be traced, or does not fit its spec.
+    """
+    import torch
+
+    small = 4
+    try:
+        with torch.inference_mode():
+            found = tuple(module.eval()(torch.zeros(1, channels, small, small)).shape)
+    except RuntimeError as error:
+        raise ExportError(
+            f"decoder: does not take latents of {channels} channels ({str(error).splitlines()[0]})"
+        ) from error
+    expected = (1, spec.channels, small * spec.upscale, small * spec.upscale)
+    if found != expected:
+        raise ExportError(
+            f"decoder: the module makes {found} of latents {(1, channels, small, small)}, its spec says {expected}"
+        )
+    x = torch.zeros(EXAMPLE_BATCH, channels, 8, 9)  # different sides, so that neither stands for the other
+    model = _traced(module, "dec", "decoder", {"x": x}, dict(enumerate(LATENT_SIDES, 2)) | {0: BATCH})
+    _check_batch(model, "decoder")
+    return model
+
+
+def _traced(
+    module: torch.nn.Module, scope: str, what: str, args: Mapping[str, torch.Tensor], dynamic: Mapping[int, str]
+) -> onnx_ir.Model:
+    """A module's graph, its inputs called ``scope.name``, with the named axes of every input dynamic."""
+    import torch
+
+    axes: dict[int, Any] = {axis: torch.export.Dim(name, min=1, max=1 << 16) for axis, name in dynamic.items()}
     try:
         with _quiet():
             program = torch.onnx.export(
                 module.eval(),
-                args,
+                tuple(args.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: batch} for _ in args),
-                input_names=names,
-                output_names=["net.out"],
+                dynamic_shapes=tuple(axes for _ in args),
+                input_names=[f"{scope}.{name}" for name in args],
+                output_names=[f"{scope}.out"],
                 optimize=False,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises what its many stages raise
         reason = str(error).strip().splitlines()
         raise ExportError(
-            f"{spec.family}: PyTorch cannot trace this module ({type(error).__name__}: {reason[0] if reason else ''})"
+            f"{what}: PyTorch cannot trace this module ({type(error).__name__}: {reason[0] if reason else ''})"
         ) from error
     assert program is not None
     model = program.model
     _simplify(model)
-    _check_shapes(model, spec)
-    _clean(model)
+    _clean(model, scope)
     return model
 
 
@@ -98,24 +144,18 @@ def _simplify(model: onnx_ir.Model) -> None:
         )(model)
 
 
-def _check_shapes(model: onnx_ir.Model, spec: ModelSpec) -> None:
-    """The exporter can write a static batch without a word: see that it did not, and that the output fits the spec."""
+def _check_batch(model: onnx_ir.Model, what: str) -> None:
+    """The exporter can write a static batch without a word: see that it did not."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         dim = value.shape[0] if value.shape is not None else None
         if dim is None or isinstance(dim, int):
             raise ExportError(
-                f"{spec.family}: the traced batch of {value.name} is fixed at {dim}; a forward that depends on the "
+                f"{what}: the traced batch of {value.name} is fixed at {dim}; a forward that depends on the "
                 "batch in Python (int(x.shape[0]), chunk of a concatenated batch) does this"
             )
-    (out,) = model.graph.outputs
-    found = tuple(out.shape)[1:] if out.shape is not None else ()
-    if found != spec.output_shape:
-        raise ExportError(
-            f"{spec.family}: the module returns samples of shape {found}, its spec says {spec.output_shape}"
-        )
 
 
-def _clean(model: onnx_ir.Model) -> None:
+def _clean(model: onnx_ir.Model, scope: str) -> None:
     """Remove what describes the machine or the moment, and name what has no name of its own by its place."""
     import onnx_ir
 
@@ -128,16 +168,16 @@ def _clean(model: onnx_ir.Model) -> None:
     for index, node in enumerate(onnx_ir.traversal.RecursiveGraphIterator(model.graph)):
         node.metadata_props.clear()
         node.doc_string = None
-        node.name = f"net.{index}.{node.op_type}"
+        node.name = f"{scope}.{index}.{node.op_type}"
         for position, value in enumerate(node.outputs):
             value.metadata_props.clear()
             if id(value) not in named:
-                value.name = f"net.{index}.{position}"
+                value.name = f"{scope}.{index}.{position}"
     for position, value in enumerate(list(model.graph.initializers.values())):
         value.metadata_props.clear()
         assert id(value) in weights
         assert value.name is not None
-        _rename_initializer(model, value, f"net.{_weight_name(value, position)}")
+        _rename_initializer(model, value, f"{scope}.{_weight_name(value, position)}")
 
 
 def _weight_name(value: onnx_ir.Value, position: int) -> str:

@@ -18,14 +18,14 @@ _ALIGN, _PAGE = 64, 4096
 
 
 def write_weights(model: onnx_ir.Model, path: Path) -> onnx.GraphProto:
-    """Write a network's weights one after the other, and return its graph with references to them.
+    """Append a network's weights, one after the other, to a file, and return its graph with references to them.
 
     A tensor of a page or more starts on a page, so that a runtime can map it; smaller ones on a cache line. Weights are
     never held twice, and the graph stays far below protobuf's 2 GB.
     """
     import onnx_ir
 
-    with path.open("wb") as file:
+    with path.open("ab") as file:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None, f"{name} has no value"

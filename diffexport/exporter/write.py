@@ -13,7 +13,6 @@ import msgspec
 from diffexport.bundle import (
     CERTIFICATE,
     GOLDEN,
-    GRAPHS,
     MANIFEST,
     PLANS,
     SCHEMA,
@@ -21,6 +20,7 @@ from diffexport.bundle import (
     WEIGHTS,
     Bundle,
     Certificate,
+    Decoder,
     Defaults,
     Manifest,
     Precision,
@@ -29,13 +29,13 @@ from diffexport.bundle import (
     write_json,
     write_tensors,
 )
-from diffexport.comparison import Progress, check_denoiser, compare, scope_of
+from diffexport.comparison import Progress, check_decoder, check_denoiser, compare, scope_of
 from diffexport.errors import ExportError, ParityError
 from diffexport.files import replacing_folder
 from diffexport.golden import golden_cases
 from diffexport.parity import check
 from diffexport.plan import default_sampler, ready_plans
-from diffexport.spec import ModelSpec
+from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ def export(
     spec: ModelSpec,
     out: str | Path,
     *,
+    decoder: tuple[torch.nn.Module, DecoderSpec] | None = None,
     precision: Precision = "fp32",
     max_batch: int = 16,
     defaults: Defaults | None = None,
@@ -60,6 +61,8 @@ def export(
         module: the network F, called as ``module(x, c_noise, label)``; without ``label`` where the spec has none.
         spec: what the module is.
         out: the folder to write; ``.diffx`` is its usual suffix.
+        decoder: what makes images of the samples, where these are latents, and its spec; called as
+            ``decoder(latents)`` with latents (N, C, h, w) of any sides.
         precision: of the network's tensors.
         max_batch: the largest batch to check, and to plan engines for.
         defaults: sampler, steps, guidance and batch of a run that does not say; see ``default_sampler``.
@@ -75,9 +78,9 @@ def export(
         ExportError: the module cannot be traced or the bundle cannot be written.
         ParityError: the bundle differs from the module by more than its precision allows.
     """
-    from diffexport.exporter.graphs import denoiser_graph, step_graph
-    from diffexport.exporter.loop import sampler_graph
-    from diffexport.exporter.trace import trace_network
+    from diffexport.exporter.graphs import decoder_graph, denoiser_graph, step_graph
+    from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
+    from diffexport.exporter.trace import trace_decoder, trace_network
     from diffexport.exporter.weights import write_weights
 
     if precision != "fp32":
@@ -92,8 +95,12 @@ def export(
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out}: exists and is not a bundle; choose another --out or remove it")
 
+    if decoder is not None and len(spec.shape) != 3:
+        raise ExportError(f"decoder: the samples have shape {spec.shape}, expected latents (C, h, w)")
+
     report("tracing the network", 0.0)
     model = trace_network(module, spec)
+    decoder_model = trace_decoder(*decoder, spec.shape[0]) if decoder is not None else None
     try:
         with replacing_folder(out) as work:
             report("writing weights and graphs", 0.35)
@@ -105,24 +112,30 @@ def export(
                 "denoiser": denoiser_graph(network, spec),
                 "sampler": sampler_graph(network, spec),
             }
+            if decoder is not None and decoder_model is not None:
+                decoding = write_weights(decoder_model, work / WEIGHTS)
+                graphs["decoder"] = decoder_graph(decoding, decoder[1], spec.shape[0])
+                graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoding, decoder[1])
             for name, graph in graphs.items():
                 (work / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
-            del graphs, network
+            listed = (WEIGHTS, *(f"{name}.onnx" for name in graphs), PLANS, GOLDEN)
+            del graphs, network, decoder_model
             write_tensors(work / PLANS, ready)
-            certificate = _certify(module, spec, work, precision, max_batch, defaults, thorough, report)
+            certificate = _certify(module, spec, decoder, work, precision, max_batch, defaults, thorough, report)
             manifest = Manifest(
                 schema=SCHEMA,
                 name=out.name.removesuffix(SUFFIX),
                 model=spec,
                 precision=precision,
-                parameters=sum(p.numel() for p in module.parameters()),
+                parameters=parameters_of(module),
                 max_batch=max_batch,
                 defaults=defaults,
                 source=weights_digest(module),
-                files={name: entry_of(work / name) for name in _listed()},
+                files={name: entry_of(work / name) for name in listed},
                 tools={
                     name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")
                 },
+                decoder=_entry_of_decoder(*decoder) if decoder is not None else None,
             )
             write_json(work / MANIFEST, manifest)
             certificate = msgspec.structs.replace(certificate, manifest_sha256=sha256_of(work / MANIFEST))
@@ -135,13 +148,14 @@ def export(
     return Bundle.open(out)
 
 
-def _listed() -> tuple[str, ...]:
-    return (WEIGHTS, *(f"{name}.onnx" for name in GRAPHS), PLANS, GOLDEN)
+def _entry_of_decoder(module: torch.nn.Module, spec: DecoderSpec) -> Decoder:
+    return Decoder(**msgspec.structs.asdict(spec), parameters=parameters_of(module), source=weights_digest(module))
 
 
 def _certify(
     module: torch.nn.Module,
     spec: ModelSpec,
+    decoder: tuple[torch.nn.Module, DecoderSpec] | None,
     work: Path,
     precision: Precision,
     max_batch: int,
@@ -153,16 +167,20 @@ def _certify(
     from diffexport.backends.onnxruntime import OnnxRuntimeSession
     from diffexport.backends.torch import TorchSession
 
-    reference, candidate = TorchSession(module, spec), OnnxRuntimeSession(spec, work)
-    parameters = sum(p.numel() for p in module.parameters())
-    scope = scope_of(parameters, defaults.batch, max_batch, thorough)
+    reference, candidate = TorchSession(module, spec, decoder), OnnxRuntimeSession(spec, work)
+    scope = scope_of(parameters_of(module), defaults.batch, max_batch, thorough)
     comparison = compare(
         reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.4 + 0.5 * part)
     )
+    measurements = list(comparison.measurements)
+    if decoder is not None:
+        report("comparing with PyTorch: decoder", 0.9)
+        measurements += check_decoder(reference, candidate, spec, comparison, precision)
     candidate.close()
-    report("recording golden cases", 0.9)
-    write_tensors(work / GOLDEN, golden_cases(reference, spec, comparison.plan, comparison.final))
-    measurements = [*comparison.measurements, check_denoiser(work / "denoiser.onnx", spec, comparison, precision)]
+    report("recording golden cases", 0.95)
+    cases = golden_cases(reference, spec, comparison.plan, comparison.final, decoded=decoder is not None)
+    write_tensors(work / GOLDEN, cases)
+    measurements.append(check_denoiser(work / "denoiser.onnx", spec, comparison, precision))
     return Certificate(
         manifest_sha256="",
         backend="ort",
@@ -177,6 +195,11 @@ def _refuse(certificate: Certificate) -> None:
         check(certificate.measurements)
     except ParityError as error:
         raise ParityError(f"{error}. No bundle was written; --allow-mismatch writes it all the same, marked") from None
+
+
+def parameters_of(module: torch.nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def weights_digest(module: torch.nn.Module) -> str:

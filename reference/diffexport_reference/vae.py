@@ -68,7 +68,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -83,7 +84,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
         q, k, v = (layer(tokens)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
-        mixed = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        mixed: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
         return x + mixed.transpose(1, 2).reshape(x.shape)
 
 
