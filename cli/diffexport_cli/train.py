@@ -64,7 +64,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     half: Annotated[bool, typer.Option("--half", help="Store the weights as float16.")] = False,
     image_size: Annotated[
-        int | None, typer.Option(help="Resize and crop the images of a folder to this side, in pixels.")
+        int | None, typer.Option(help="Resize the digits, or resize and crop the images of a folder, to this side.")
     ] = None,
     layout: Annotated[str | None, typer.Option(help="nchw or nhwc, where an array's shape leaves it open.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; by default its own choice.")] = None,

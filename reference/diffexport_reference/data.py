@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from diffexport.errors import DiffexportError
@@ -174,7 +175,7 @@ def load_data(name_or_path: str | Path, *, image_size: int | None = None, layout
             images (subfolders are classes), or a .npz or .npy file. An array is images (N, H, W), (N, C, H, W) or
             (N, H, W, C), uint8 or floats in [0, 1] or [-1, 1], or points (N, D). A .npz names it ``x``, ``images`` or
             ``arr_0``, and its integer labels, if any, ``labels`` or ``y``.
-        image_size: side to which the images of a folder are resized and cropped.
+        image_size: side to which the digits are resized, or the images of a folder are resized and cropped.
         layout: order of the axes of an array of images, where its shape leaves that open.
 
     Raises:
@@ -184,10 +185,12 @@ def load_data(name_or_path: str | Path, *, image_size: int | None = None, layout
     path = Path(name_or_path)
     if image_size is not None and image_size < 1:
         raise DiffexportError(f"image size {image_size}: expected at least 1")
-    if image_size is not None and not path.is_dir():
-        raise DiffexportError(f"{name}: --image-size is for a folder of images; this data has its own size")
+    if image_size is not None and name != "digits" and not path.is_dir():
+        raise DiffexportError(f"{name}: --image-size is for digits and folders of images; this data has its own size")
     if layout is not None and path.suffix not in (".npz", ".npy"):
         raise DiffexportError(f"{name}: --layout is for .npz and .npy files only")
+    if name == "digits":
+        return _digits(image_size)
     if name in _NAMED:
         return _NAMED[name]()
     if path.is_dir():
@@ -195,17 +198,21 @@ def load_data(name_or_path: str | Path, *, image_size: int | None = None, layout
     if path.suffix in (".npz", ".npy"):
         return _load_array(path, layout)
     found = "not a folder, .npz or .npy file" if path.exists() else "no such file or folder"
-    raise DiffexportError(f"data {name!r}: {found}; expected {', '.join(_NAMED)}, a folder of images, .npz or .npy")
+    raise DiffexportError(
+        f"data {name!r}: {found}; expected digits, {', '.join(_NAMED)}, a folder of images, .npz or .npy"
+    )
 
 
-def _digits() -> LoadedData:
+def _digits(side: int | None) -> LoadedData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise DiffexportError("the digits need scikit-learn; run: pip install 'diffexport[train]'") from e
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) 0..16
     x = torch.tensor(pixels / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    return LoadedData("digits", x, torch.tensor(labels, dtype=torch.int64), tuple("0123456789"), (1, 8, 8))
+    if side is not None:
+        x = interpolate(x, size=(side, side), mode="bilinear")
+    return LoadedData("digits", x, torch.tensor(labels, dtype=torch.int64), tuple("0123456789"), (1, *x.shape[2:]))
 
 
 def _swissroll() -> LoadedData:
@@ -217,7 +224,7 @@ def _tree() -> LoadedData:
     return LoadedData("tree", tree.vals, tree.labels, (), (2,))
 
 
-_NAMED: dict[str, Callable[[], LoadedData]] = {"digits": _digits, "swissroll": _swissroll, "tree": _tree}
+_NAMED: dict[str, Callable[[], LoadedData]] = {"swissroll": _swissroll, "tree": _tree}
 
 
 def _load_folder(folder: Path, image_size: int | None) -> LoadedData:

@@ -161,6 +161,16 @@ def test_arrays_that_cannot_be_trained_on(tmp_path, arrays, message):
         load_data(tmp_path / "a.npz")
 
 
+def test_digits_are_resized_when_asked():
+    small, large = load_data("digits"), load_data("digits", image_size=16)
+    assert large.shape == (1, 16, 16)
+    x, y = _first(small)[0].numpy(), _first(large)[0].numpy()
+    places = np.clip((np.arange(16) + 0.5) / 2 - 0.5, 0, 7)  # linear between the middles of the pixels
+    rows = np.array([np.interp(places, np.arange(8), column) for column in x.T]).T
+    expected = np.array([np.interp(places, np.arange(8), row) for row in rows])
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
 def test_files_that_cannot_be_trained_on(tmp_path, pixels):
     def fails(message, path, **options):
         with pytest.raises(DiffexportError, match=message) as caught:
@@ -170,7 +180,7 @@ def test_files_that_cannot_be_trained_on(tmp_path, pixels):
     fails("no such file or folder; expected digits, swissroll, tree", "digit")
     fails("no such file", tmp_path / "missing.npz")
     fails("no images in it", tmp_path)
-    fails("--image-size is for a folder", "digits", image_size=16)
+    fails("--image-size is for digits and folders", "swissroll", image_size=16)
     fails("--layout is for", "digits", layout="nchw")
     fails("expected at least 1", tmp_path, image_size=0)
     (tmp_path / "notes.txt").write_text("")
