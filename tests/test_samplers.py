@@ -1,16 +1,25 @@
-"""Samplers against k-diffusion's recorded results, closed forms, and their order of convergence."""
+"""Samplers, each held three ways: an independent implementation, normal data, and their order of convergence.
 
+The independent implementations are recorded runs of k-diffusion here, of smalldiffusion and the official DiT in
+``reference/test_upstream_runs.py``, and diffusers' schedulers in ``test_diffusers.py``.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from stepping import relative, run
+from test_diffusers import TWINS
 
-from diffexport.plan import COLUMNS, Plan, make_plan, noise_levels
+from diffexport.plan import COLUMNS, make_plan, noise_levels
 from diffexport.samplers import SAMPLERS
 from diffexport.schedules import DEFAULT_SCHEDULES
 from diffexport.spec import ModelSpec
 
-ORACLE = dict(np.load(Path(__file__).parent / "oracles" / "kdiffusion_samplers.npz"))
+ORACLES = Path(__file__).parent / "oracles"
+ORACLE = dict(np.load(ORACLES / "kdiffusion_samplers.npz"))
+IN_K_DIFFUSION = ["euler", "heun", "dpmpp-2m", "lms-2", "euler-ancestral", "dpmpp-2m-sde"]
 
 
 def spec_of(prediction="x0", schedule="ddpm", **facts):
@@ -19,25 +28,50 @@ def spec_of(prediction="x0", schedule="ddpm", **facts):
     )  # fmt: skip
 
 
-def run(plan: Plan, denoise, x, noise=None):
-    """Apply a plan in float64 to a denoiser D(x, sigma)."""
-    h = np.zeros_like(x)
-    for index, (row, sigma) in enumerate(zip(plan.rows, plan.sigmas, strict=True)):
-        r = dict(zip(COLUMNS, row, strict=True))
-        d = denoise(x, sigma)
-        z = noise[index] if noise is not None else 0.0
-        x, h = (
-            r["x_x"] * x + r["x_d"] * d + r["x_h"] * h + r["x_z"] * z,
-            r["h_x"] * x + r["h_d"] * d + r["h_h"] * h,
-        )
-    return x
+@dataclass(frozen=True)
+class Case:
+    """A sampler with its order: of x where it adds no noise, else of the variance that it reaches."""
+
+    sampler: str
+    order: int
+    options: dict = field(default_factory=dict)
+    variance: str = "small"
+
+    def __str__(self):
+        return ", ".join([self.sampler, self.variance, *(f"{name} {value:g}" for name, value in self.options.items())])
+
+    def plan(self, levels):
+        return make_plan(spec_of(variance=self.variance), self.sampler, grid=levels.tolist(), **self.options)
 
 
-def relative(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+CASES = [
+    Case("ddim", 1),
+    Case("ddim", 1, {"eta": 0.5}),
+    Case("ddpm", 1),
+    Case("ddpm", 1, variance="large"),
+    Case("ddpm", 1, variance="learned"),
+    Case("euler", 1),
+    Case("euler-ancestral", 1),
+    Case("heun", 2),
+    Case("dpmpp-2m", 2),
+    Case("dpmpp-2m-sde", 2),
+    Case("lms-2", 2),
+    Case("accelerated", 1),
+    Case("accelerated", 1, {"gam": 1.5, "mu": 0.5}),
+]
+QUIET = [case for case in CASES if not case.plan(np.array([2.0, 1.0, 0.5])).stochastic]
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp-2m", "lms-2", "euler-ancestral", "dpmpp-2m-sde"])
+def test_every_sampler_is_held_three_ways():
+    recorded = np.load(ORACLES / "sd_dit_cond_scaled.npz")
+    assert any(name.startswith("samples.gam2.0") for name in recorded), "the accelerated sampler of smalldiffusion"
+    independent = {*IN_K_DIFFUSION, *(twin.sampler for twin in TWINS.values()), "accelerated"}
+    assert independent == {case.sampler for case in CASES} == set(SAMPLERS)
+    variances = {"small", "large", "learned"}
+    assert {case.variance for case in CASES} == {twin.variance for twin in TWINS.values()} == variances
+
+
+@pytest.mark.parametrize("name", IN_K_DIFFUSION)
 def test_samplers_agree_with_k_diffusion_on_its_toy_denoiser(name):
     plan = make_plan(spec_of(), name, grid=ORACLE["sigmas"].tolist())
     noise = ORACLE["noise"]
@@ -74,23 +108,7 @@ def exact_flow(x, start, end):
     return MEAN + (x - MEAN) * np.sqrt((SPREAD**2 + end**2) / (SPREAD**2 + start**2))
 
 
-@pytest.mark.parametrize(
-    ("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp-2m", 2), ("lms-2", 2), ("accelerated", 1)]
-)
-def test_order_of_convergence_on_the_probability_flow(name, order):
-    """Halving the step divides the error by 2^order; the levels end above 0, where the flow is smooth."""
-    x = np.linspace(-3, 3, 8)[None] + 10.0
-    errors = []
-    for steps in (32, 64, 128):
-        levels = np.geomspace(10.0, 0.1, steps + 1)
-        plan = make_plan(spec_of(), name, grid=levels.tolist())
-        errors.append(np.abs(run(plan, gaussian_denoiser, x) - exact_flow(x, 10.0, 0.1)).max())
-    found = np.log2(errors[0] / errors[1]), np.log2(errors[1] / errors[2])
-    assert min(found) > order - 0.25, (found, errors)
-    assert errors[-1] < 0.1
-
-
-def moments(plan, mean, variance):
+def moments(plan, mean, variance, log_variance=0.0):
     """Mean and variance of x after a plan, without drawing: D is linear for normal data, so both follow exactly."""
     m, cov = np.array([mean, 0.0]), np.diag([variance, 0.0])  # of (x, h)
     for row, sigma in zip(plan.rows, plan.sigmas, strict=True):
@@ -98,37 +116,42 @@ def moments(plan, mean, variance):
         slope = SPREAD**2 / (SPREAD**2 + sigma**2)
         step = np.array([[r["x_x"] + r["x_d"] * slope, r["x_h"]], [r["h_x"] + r["h_d"] * slope, r["h_h"]]])
         m = step @ m + np.array([r["x_d"], r["h_d"]]) * (1 - slope) * MEAN
-        cov = step @ cov @ step.T + np.diag([r["x_z"] ** 2, 0.0])
+        cov = step @ cov @ step.T + np.diag([(r["x_z"] * np.exp(r["v_z"] * log_variance)) ** 2, 0.0])
     return m[0], cov[0, 0]
 
 
-@pytest.mark.parametrize(
-    ("name", "order", "options"),
-    [
-        ("ddim", 1, {}),
-        ("ddim", 1, {"eta": 0.5}),
-        ("ddpm", 1, {}),
-        ("euler-ancestral", 1, {}),
-        ("dpmpp-2m-sde", 2, {}),
-        ("heun", 2, {}),
-        ("dpmpp-2m", 2, {}),
-        ("lms-2", 2, {}),
-        ("accelerated", 1, {}),
-        ("accelerated", 1, {"gam": 1.5, "mu": 0.5}),
-    ],
-)
-def test_the_distribution_of_normal_data_is_reached_with_the_samplers_order(name, order, options):
-    """Variance and mean at the last level against the forward process, whose variance is SPREAD^2 + sigma^2."""
+def variance_error(case, steps):
+    """What is reached at sigma 0.1 beside the forward process, whose variance is SPREAD^2 + sigma^2."""
+    plan = case.plan(np.geomspace(10.0, 0.1, steps + 1))
+    mean, variance = moments(plan, MEAN, SPREAD**2 + 10.0**2, log_variance=0.3)
+    assert mean == pytest.approx(MEAN, abs=1e-9)
+    return abs(variance / (SPREAD**2 + 0.1**2) - 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_distribution_of_normal_data_is_reached(case):
+    assert variance_error(case, 1000) < (0.02 if case.order == 1 else 1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_order_of_convergence_of_the_variance(case):
+    """Halving the step divides the error by 2^order."""
+    errors = [variance_error(case, steps) for steps in (64, 128, 256)]
+    assert np.log2(errors[0] / errors[1]) > case.order - 0.35, errors
+    assert np.log2(errors[1] / errors[2]) > case.order - 0.25, errors
+
+
+@pytest.mark.parametrize("case", QUIET, ids=str)
+def test_order_of_convergence_on_the_probability_flow(case):
+    """The same for each x; the levels end above 0, where the flow is smooth."""
+    x = np.linspace(-3, 3, 8)[None] + 10.0
     errors = []
-    for steps in (64, 128, 256):
-        levels = np.geomspace(10.0, 0.1, steps + 1)
-        plan = make_plan(spec_of(), name, grid=levels.tolist(), **options)
-        mean, variance = moments(plan, MEAN, SPREAD**2 + 10.0**2)
-        assert mean == pytest.approx(MEAN, abs=1e-9)
-        errors.append(abs(variance / (SPREAD**2 + 0.1**2) - 1))
-    assert np.log2(errors[0] / errors[1]) > order - 0.35, errors
-    assert np.log2(errors[1] / errors[2]) > order - 0.25, errors
-    assert errors[-1] < 0.06
+    for steps in (32, 64, 128):
+        plan = case.plan(np.geomspace(10.0, 0.1, steps + 1))
+        errors.append(np.abs(run(plan, gaussian_denoiser, x) - exact_flow(x, 10.0, 0.1)).max())
+    found = np.log2(errors[0] / errors[1]), np.log2(errors[1] / errors[2])
+    assert min(found) > case.order - 0.25, (found, errors)
+    assert errors[-1] < 0.1
 
 
 def test_ddim_eta_reaches_from_ddim_to_ddpm():
