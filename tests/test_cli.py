@@ -42,6 +42,25 @@ def test_sample_takes_labels_by_name_range_and_count(diffx, toy_bundle):
         assert np.load("a.npz")["labels"].tolist() == labels
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddpm"])
+def test_samples_do_not_depend_on_the_number_of_processes(toy_bundle, tmp_path, sampler):
+    """Sixteen in one process, and four in each of four that run at once."""
+    labels = [k % 5 for k in range(16)]
+
+    def start(first, last):
+        return subprocess.Popen([
+            Path(sys.executable).with_name("diffx"), "sample", toy_bundle("plain").path, "--sampler", sampler,
+            "--labels", ",".join(map(str, labels[first:last])), "--first", str(first), "--guidance-scale", "2",
+            "--seed", "5", "--npz", tmp_path / f"{first}-{last}.npz",
+        ])  # fmt: skip
+
+    parts = [(0, 16), *((first, first + 4) for first in range(0, 16, 4))]
+    assert [process.wait() for process in [start(*part) for part in parts]] == [0] * 5
+    whole, *quarters = (np.load(tmp_path / f"{first}-{last}.npz")["x"] for first, last in parts)
+    np.testing.assert_allclose(np.concatenate(quarters), whole, atol=1e-5)
+    assert np.abs(whole[0] - whole[5]).max() > 0.1  # of one label, and still two samples
+
+
 def test_sample_finds_the_only_bundle_of_a_folder(diffx, toy_bundle, tmp_path):
     assert_refused(diffx("sample"), "there is none in this folder")
     shutil.copytree(toy_bundle("points").path, tmp_path / "one.diffx")
