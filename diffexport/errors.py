@@ -6,6 +6,7 @@
       PlanError           a sampler, schedule or number of steps that cannot be
       BundleError         a bundle that is missing, damaged or of another version
       ShapeError          an array whose shape or range does not fit the model
+      EngineError         an engine that cannot be built, or does not belong to this bundle or machine
       BackendError        a runtime that is not installed, cannot run here, or failed
       ExportError         a module that cannot be turned into a graph
       ParityError         numbers that differ from PyTorch's by more than the limit
@@ -43,6 +44,10 @@ class ShapeError(DiffexportError):
 
 class BackendError(DiffexportError):
     """A runtime that is not installed, cannot run on this machine, or failed while running."""
+
+
+class EngineError(DiffexportError):
+    """An engine that cannot be built, or that was built for other weights, another version or another machine."""
 
 
 class ExportError(DiffexportError):

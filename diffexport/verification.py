@@ -12,7 +12,9 @@ import numpy as np
 from diffexport.backends import open_session
 from diffexport.bundle import Bundle, Measurement, Tensors
 from diffexport.comparison import Progress, check_decoder, compare, scope_of
-from diffexport.errors import BackendError, BundleError, DiffexportError, PlanError
+from diffexport.engines.header import check_header
+from diffexport.engines.record import engines_of, stale
+from diffexport.errors import BackendError, BundleError, DiffexportError, EngineError, PlanError
 from diffexport.golden import check_golden
 from diffexport.parity import describe, severity
 from diffexport.plan import make_plan
@@ -72,7 +74,7 @@ def verify(
         return [Finding("files", False, str(error))]
     total = sum(entry.size for entry in bundle.manifest.files.values())
     findings = [Finding("files", True, f"{len(bundle.manifest.files)} files, {total / 1e6:.1f} MB, match the manifest")]
-    findings += [_certificate(bundle), _plans(bundle)]
+    findings += [_certificate(bundle), _plans(bundle), *_engines(bundle)]
     for index, backend in enumerate(backends):
         report(f"golden cases on {backend}", 0.1 + 0.3 * index / len(backends))
         findings.append(golden_finding(bundle, backend, module, decoder))
@@ -109,6 +111,25 @@ def _plans(bundle: Bundle) -> Finding:
         if wrong:
             return Finding("plans", False, f"plan {name} is not the one of this model's schedule; export again")
     return Finding("plans", True, f"{len(names)} plans follow from the schedule")
+
+
+def _engines(bundle: Bundle) -> list[Finding]:
+    """Each engine is the file that its record describes, built from this bundle's graph and weights."""
+    engines, problems = engines_of(bundle)
+    for engine in engines:
+        outdated = stale(bundle, engine)
+        try:
+            engine.check_file()
+            check_header(engine)
+        except EngineError as error:
+            problems.append(str(error))
+        if outdated:
+            problems.append(f"{engine.path}: {outdated}; build again with `diffx build`")
+    if problems:
+        return [Finding("engines", False, problems[0])]
+    if not engines:
+        return []
+    return [Finding("engines", True, f"{len(engines)} engines are as recorded, of these graphs and weights")]
 
 
 def _follows(spec: ModelSpec, plans: Tensors, name: str) -> bool:

@@ -34,3 +34,19 @@ def progress_bar(what: str) -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda now, part: bar.update(task, description=now, completed=part)
+
+
+@contextlib.contextmanager
+def activity(what: str) -> Iterator[Callable[[str], None]]:
+    """What is being done and for how long, where nobody knows how long it will take; call it with what is being done.
+
+    Nothing is drawn where stderr is not a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda now: shown.update(task, description=now)
