@@ -1,9 +1,8 @@
-"""The graphs of a bundle in the runtimes that have no backend yet: OpenVINO runs them, TensorRT for RTX builds them."""
+"""The graphs of a bundle in the runtimes that have no backend yet: OpenVINO runs them."""
 
 import numpy as np
 import openvino
 import pytest
-import tensorrt_rtx as trt
 
 from diffexport.backends.onnxruntime import run_graph
 from diffexport.noise import normal
@@ -47,26 +46,3 @@ def test_openvino_runs_every_graph(toy_bundle, name, graph):
         for port, result in zip(compiled.outputs, found.values(), strict=True):
             (output,) = port.get_names() & set(expected)
             assert relative_l2(result, expected[output]) < 1e-5
-
-
-@pytest.mark.parametrize(("name", "graph"), CASES)
-def test_tensorrt_for_rtx_builds_every_graph(toy_bundle, name, graph):
-    """A real engine, built without a GPU, with a range for the batch and for the number of rows."""
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(toy_bundle(name).graph(graph)))
-    assert parsed, [parser.get_error(k).desc() for k in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shapes = [[limit if side == -1 else side for side in tensor.shape] for limit in (1, 4, 16)]
-        profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None
-    assert engine.nbytes > 10_000

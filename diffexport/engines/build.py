@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from diffexport.bundle import Bundle, entry_of, write_json
+from diffexport.decoding import tile_of
 from diffexport.engines.header import check_header
 from diffexport.engines.products import Product, check_targets, product_of
 from diffexport.engines.profiles import Profile, parse_profiles
@@ -109,6 +110,7 @@ def build(
             version=version,
             targets=names,
             profiles=(Profile(1, 1, 1),) if graph == "decoder" else profiles,  # one image at a time
+            sides=_sides(bundle) if graph == "decoder" else {},
             tf32=tf32,
             workspace=workspace,
             level=level,
@@ -149,7 +151,7 @@ def _graphs(bundle: Bundle, wanted: Sequence[str]) -> list[str]:
     if wanted:
         return list(dict.fromkeys(wanted))
     needed = [graph for graph in BUILT_GRAPHS if graph in there]
-    return [graph for graph in needed if bundle.spec.conditional or graph != "step"]  # it is step_plain without labels
+    return [graph for graph in needed if bundle.spec.guidable or graph != "step"]  # it is step_plain without guidance
 
 
 def _build(
@@ -165,16 +167,7 @@ def _build(
         except EngineError as error:
             progress(str(error))
     with replacing_folder(target) as work:
-        report = _run_worker(
-            Job(
-                graph=str(bundle.graph(key.graph)),
-                out=str(work / ENGINE),
-                backend=product.backend,
-                key=key,
-                sides=_sides(bundle),
-            ),
-            progress,
-        )
+        report = _run_worker(Job(backend=product.backend, key=key), bundle.path, work / ENGINE, progress)
         assert report.network is not None
         record = EngineRecord(
             schema=SCHEMA,
@@ -191,45 +184,50 @@ def _build(
 
 
 def _sides(bundle: Bundle) -> dict[str, int]:
-    """The sizes of dimensions that are not batches: a decoder's latents."""
-    return {}
+    """The sides of what is decoded at once: the whole latents, or a tile of them."""
+    assert bundle.manifest.decoder is not None
+    tile = tile_of(bundle.manifest.decoder)
+    return {
+        name: min(tile or side, side) for name, side in zip(("height", "width"), bundle.spec.shape[1:], strict=True)
+    }
 
 
-def _run_worker(job: Job, progress: Progress) -> Report:
+def _run_worker(job: Job, folder: Path, out: Path, progress: Progress) -> Report:
     """Run a build in a process of its own; the last thing it reported.
 
     Raises:
         EngineError: it failed, or its process ended without a word.
     """
-    name = Path(job.graph).stem
-    last = Report()
-    with tempfile.TemporaryFile() as messages:
-        command = [sys.executable, "-m", "diffexport.engines.worker"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
+    name, last, said = job.key.graph, Report(), ""
+    command = [sys.executable, "-P", "-m", "diffexport.engines.worker"]
+    environment = os.environ | {"PYTHONHASHSEED": "0"}  # which decides where things lie in memory; see the worker
+    with (
+        out.open("wb") as engine,
+        subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=engine, stderr=subprocess.PIPE
+        ) as child,
+    ):
         assert child.stdin is not None
-        assert child.stdout is not None
+        assert child.stderr is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended; its status says more
                 child.stdin.write(msgspec.json.encode(job) + b"\n")
                 child.stdin.flush()
-            for line in child.stdout:
+            for line in child.stderr:
                 if line.startswith(b"{"):
                     last = msgspec.json.decode(line, type=Report)
                     if last.doing:
                         progress(f"{name}: {last.doing}")
+                else:
+                    said = line.decode(errors="replace").strip() or said
             child.wait()
         finally:
             child.kill()
-            child.wait()
-            child.stdin.close()
-            child.stdout.close()
-        if last.error is not None:
-            raise EngineError(last.error)
-        if last.network is None:
-            messages.seek(0)
-            said = messages.read().decode(errors="replace").strip().splitlines()
-            raise EngineError(
-                f"{name}: the building process ended with status {child.returncode} while {last.doing or 'starting'}"
-                + (f" ({said[-1]})" if said else "")
-            )
+    if last.error is not None:
+        raise EngineError(last.error)
+    if last.network is None or last.size != out.stat().st_size:
+        raise EngineError(
+            f"{name}: the building process ended with status {child.returncode} while {last.doing or 'starting'}"
+            + (f" ({said})" if said else "")
+        )
     return last

@@ -35,6 +35,8 @@ class EngineKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     targets: tuple[str, ...]
     """Compute capabilities that it runs on, such as sm89."""
     profiles: tuple[Profile, ...]
+    sides: dict[str, int]
+    """Free dimensions of the graph that are no batches, by name: the sides of a decoder's latents."""
     tf32: bool
     workspace: int | None
     """Most bytes of scratch memory; None for the builder's own limit."""
@@ -117,6 +119,7 @@ _WORDS = {
     "version": "version",
     "targets": "targets",
     "profiles": "batches",
+    "sides": "latent sides",
     "tf32": "tf32",
     "workspace": "workspace",
     "level": "level",
@@ -134,6 +137,8 @@ def differences(built: EngineKey, wanted: EngineKey) -> list[str]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        value = tuple(value.values())
     return ",".join(map(str, value)) if isinstance(value, tuple) else "the default" if value is None else str(value)
 
 

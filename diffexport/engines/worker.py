@@ -1,19 +1,24 @@
-"""One build, in a process of its own: ``python -m diffexport.engines.worker`` with a job on stdin.
+"""One build, in a process of its own: ``python -P -m diffexport.engines.worker`` with a job on stdin.
+
+The engine comes out of stdout; on stderr, lines of JSON are reports, and others are what libraries print.
 
 TensorRT builds for seconds to minutes inside one call that nothing interrupts, takes gigabytes that it may not give
 back, and can end its process on a fault. Here it can be killed at any moment, its peak memory is its own, and a fault is
-an error. The process ends when its parent does.
+an error. The process ends when its parent does. TensorRT orders part of what it writes by addresses in memory, so the
+process runs without random ones, in the bundle's folder, and knows no path: then the same key gives the same bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -25,13 +30,10 @@ from diffexport.errors import DiffexportError, EngineError
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build: a graph by its path, where to write the engine, and what it is to be."""
+    """What to build, of the bundle in the current folder, by which product."""
 
-    graph: str
-    out: str
     backend: str
     key: EngineKey
-    sides: dict[str, int]
 
 
 class Report(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -39,18 +41,19 @@ class Report(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     doing: str | None = None
     network: Network | None = None
+    size: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
     error: str | None = None
 
 
-def engine_from_onnx(trt: Any, job: Job, say: Any) -> Report:
-    """Parse a graph, see that it is in its precision, and build and write its engine.
+def engine_from_onnx(trt: Any, job: Job, say: Callable[[Report], None], out: BinaryIO) -> Report:
+    """Parse a graph, see that it is in its precision, build its engine, and write it to ``out``.
 
     Raises:
         EngineError: the parser or the builder refuses it.
     """
-    key, path = job.key, Path(job.graph)
+    key, path = job.key, Path(f"{job.key.graph}.onnx")
     logger = _logger(trt)
     builder = trt.Builder(logger)
     say(Report(doing="reading the graph"))
@@ -72,7 +75,7 @@ def engine_from_onnx(trt: Any, job: Job, say: Any) -> Report:
         ranges = builder.create_optimization_profile()
         for tensor in described.inputs:
             if any(isinstance(side, str) for side in tensor.shape):
-                ranges.set_shape(tensor.name, *input_ranges(tensor.name, tensor.shape, profile, job.sides))
+                ranges.set_shape(tensor.name, *input_ranges(tensor.name, tensor.shape, profile, key.sides))
         config.add_optimization_profile(ranges)
     monitor = _monitor(trt, say)
     config.progress_monitor = monitor
@@ -83,8 +86,11 @@ def engine_from_onnx(trt: Any, job: Job, say: Any) -> Report:
             f"{path.name}: TensorRT cannot build it ({logger.errors[0] if logger.errors else 'no reason'})"
         )
     say(Report(doing="writing the engine"))
-    Path(job.out).write_bytes(engine)
-    return Report(network=described, seconds=time.perf_counter() - started, peak_memory=_peak_memory())
+    out.write(engine)
+    out.flush()
+    return Report(
+        network=described, size=engine.nbytes, seconds=time.perf_counter() - started, peak_memory=_peak_memory()
+    )
 
 
 def _logger(trt: Any) -> Any:
@@ -102,7 +108,7 @@ def _logger(trt: Any) -> Any:
     return Log()
 
 
-def _monitor(trt: Any, say: Any) -> Any:
+def _monitor(trt: Any, say: Callable[[Report], None]) -> Any:
     """Says each phase of a build; TensorRT knows no honest part of the whole."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -131,18 +137,33 @@ def _peak_memory() -> int:
 
 
 def main() -> None:
-    """Read a job from the first line of stdin, report on stdout, one JSON line each."""
+    """Do the job in the first line of stdin."""
+    _fix_addresses()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no part of an engine
 
     def say(report: Report) -> None:
-        sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
-        sys.stdout.buffer.flush()
+        sys.stderr.buffer.write(msgspec.json.encode(report) + b"\n")
+        sys.stderr.buffer.flush()
 
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        say(engine_from_onnx(PRODUCTS[job.backend].load(), job, say))
+        say(engine_from_onnx(PRODUCTS[job.backend].load(), job, say, out))
     except DiffexportError as error:
         say(Report(error=str(error)))
+
+
+_ADDR_NO_RANDOMIZE = 0x40000
+
+
+def _fix_addresses() -> None:
+    """Start anew without random addresses, where this is Linux and it lets us; see personality(2)."""
+    if sys.platform == "linux":
+        personality = ctypes.CDLL(None).personality
+        now = personality(ctypes.c_ulong(0xFFFFFFFF))
+        if now >= 0 and not now & _ADDR_NO_RANDOMIZE and personality(ctypes.c_ulong(now | _ADDR_NO_RANDOMIZE)) >= 0:
+            os.execv(sys.executable, sys.orig_argv)
 
 
 def _end_with_parent() -> None:
