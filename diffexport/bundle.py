@@ -143,6 +143,12 @@ class Bundle:
     def spec(self) -> ModelSpec:
         return self.manifest.model
 
+    @property
+    def digest(self) -> str:
+        """sha256 over the names and contents of all files: the same wherever the bundle lies."""
+        listed = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(self.manifest.files.items()))
+        return hashlib.sha256(listed.encode()).hexdigest()
+
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open a bundle and check every file against the manifest.

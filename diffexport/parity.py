@@ -41,6 +41,11 @@ LIMITS: dict[Precision, Limits] = {
 }
 
 
+def coarsest(*precisions: Precision) -> Precision:
+    """The one with the widest limits: what a graph of one precision, computed in another, is held to."""
+    return max(precisions, key=lambda precision: LIMITS[precision].step)
+
+
 def relative_l2(found: Array, expected: Array) -> float:
     """||found - expected|| / ||expected||, NaN where anything is not finite."""
     scale = float(np.linalg.norm(expected.astype(np.float64)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from diffexport.engines.header import check_header
 from diffexport.engines.record import engines_of, stale
 from diffexport.errors import BackendError, BundleError, DiffexportError, EngineError, PlanError
 from diffexport.golden import check_golden
-from diffexport.parity import describe, severity
+from diffexport.parity import coarsest, describe, severity
 from diffexport.plan import make_plan
 from diffexport.spec import ModelSpec
 
@@ -46,6 +46,7 @@ def verify(
     module: torch.nn.Module | None = None,
     spec: ModelSpec | None = None,
     decoder: torch.nn.Module | None = None,
+    options: Mapping[str, Any] | None = None,
     thorough: bool = False,
     progress: Progress | None = None,
 ) -> list[Finding]:
@@ -55,6 +56,7 @@ def verify(
         backends: which to run the golden cases on.
         module, spec: the checkpoint that the bundle should be of; compared as at export.
         decoder: the decoder that the bundle should hold, compared likewise.
+        options: of the backends; results of one that computes in a coarser ``precision`` are held to that one's limits.
         thorough: compare whole runs at every batch, as export does for small models.
 
     Returns:
@@ -77,7 +79,7 @@ def verify(
     findings += [_certificate(bundle), _plans(bundle), *_engines(bundle)]
     for index, backend in enumerate(backends):
         report(f"golden cases on {backend}", 0.1 + 0.3 * index / len(backends))
-        findings.append(golden_finding(bundle, backend, module, decoder))
+        findings.append(golden_finding(bundle, backend, module, decoder, **(options or {})))
     if module is not None and spec is not None:
         findings += _against(bundle, module, spec, decoder, thorough, lambda what, part: report(what, 0.4 + 0.6 * part))
     report("done", 1.0)
@@ -140,13 +142,20 @@ def _follows(spec: ModelSpec, plans: Tensors, name: str) -> bool:
 
 
 def golden_finding(
-    bundle: Bundle, backend: str, module: torch.nn.Module | None = None, decoder: torch.nn.Module | None = None
+    bundle: Bundle,
+    backend: str,
+    module: torch.nn.Module | None = None,
+    decoder: torch.nn.Module | None = None,
+    **options: Any,
 ) -> Finding:
-    """The golden cases on one backend."""
-    name = f"golden cases on {backend}"
-    session = open_session(bundle, backend, **({"module": module, "decoder": decoder} if backend == "torch" else {}))
+    """The golden cases on one backend, with options of its own; see ``verify``."""
+    name = f"golden cases on {backend}" + "".join(f", {option} {value}" for option, value in options.items())
+    precision = coarsest(bundle.manifest.precision, options.get("precision") or "fp32")
+    if backend == "torch":
+        options |= {"module": module, "decoder": decoder}
+    session = open_session(bundle, backend, **options)
     try:
-        measurements = check_golden(session, bundle.spec, bundle.golden(), bundle.manifest.precision)
+        measurements = check_golden(session, bundle.spec, bundle.golden(), precision)
     except (DiffexportError, KeyError, ValueError) as error:
         if isinstance(error, BackendError):
             raise

@@ -108,6 +108,14 @@ def _toys():
 TOYS = _toys()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """No test reads or writes the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy():
     """``toy(name)`` gives the module and spec of one of TOYS, the same weights every time."""

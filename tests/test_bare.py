@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "onnx", "onnxscript", "onnx_ir", "sklearn", "scipy", "tensorrt_rtx", "matplotlib", "accelerate")
+HEAVY = (
+    "torch",
+    "openvino",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "sklearn",
+    "scipy",
+    "tensorrt_rtx",
+    "matplotlib",
+    "accelerate",
+)
 
 
 def loaded_by(code):

@@ -20,7 +20,8 @@ def doctor(
     import platform
 
     from diffexport.backends import BACKENDS
-    from diffexport_cli.output import print_json
+    from diffexport.cache import cache_folder, cache_size
+    from diffexport_cli.output import megabytes, print_json
 
     findings: list[dict[str, Any]] = []
     for name, entry in BACKENDS.items():
@@ -37,14 +38,17 @@ def doctor(
             else:
                 finding["works"] = True
         findings.append(finding)
+    folder, size = cache_folder(), cache_size()
     if json:
-        print_json({"python": platform.python_version(), "machine": platform.machine(), "backends": findings})
+        machine = {"python": platform.python_version(), "machine": platform.machine()}
+        print_json(machine | {"cache": str(folder), "cache_bytes": size, "backends": findings})
         return
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for finding in findings:
         print(
             f"{'ok  ' if finding['works'] else '--  '}  {finding['backend']:<8} {finding['runs']}: {finding['detail']}"
         )
+    print(f"cache: {folder} ({megabytes(size)}); $DIFFX_CACHE moves it, and it may be removed")
 
 
 def _problem(name: str) -> str | None:

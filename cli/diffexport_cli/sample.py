@@ -52,7 +52,23 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed; it and the index decide a sample.")] = 0,
     first: Annotated[int, typer.Option(help="Index of the first sample.")] = 0,
     batch: Annotated[int | None, typer.Option(help="How many are drawn at once.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the ort backend.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the backend.", show_default="all cores")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="What openvino computes in: fp32, or bf16 where the processor has it.",
+            show_default="the bundle's",
+            metavar="fp32|bf16",
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="Of openvino: all threads on one call, or a part of the batch on each thread.",
+            show_default="latency",
+            metavar="latency|throughput",
+        ),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint, for the torch backend.")] = None,
     one_call: Annotated[bool, typer.Option(help="Run the whole loop inside the graph, in one call a batch.")] = False,
     out: Annotated[
@@ -92,7 +108,10 @@ def sample(
         raise DiffexportError(f"--out {out}: a folder takes one file a sample; leave out --npz and --trajectory")
     with (
         progress_bar("sampling") as progress,
-        opened.sampler(backend, **_backend_options(opened.spec, backend, checkpoint, threads)) as s,
+        opened.sampler(
+            backend,
+            **_backend_options(opened.spec, backend, checkpoint, threads=threads, precision=precision, mode=mode),
+        ) as s,
     ):
         started, kept = time.perf_counter(), 0
         if folder is not None:
@@ -208,15 +227,13 @@ def _described(
     return ", ".join(words + [f"{name} {value}" for name, value in options.items()])
 
 
-def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, threads: int | None) -> dict[str, Any]:
+def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, **given: Any) -> dict[str, Any]:
     from diffexport.errors import BackendError
     from diffexport_cli.checkpoint import read_checkpoint_of
 
-    options: dict[str, Any] = {}
-    if threads is not None:
-        if threads < 1:
-            raise BackendError(f"--threads {threads}: expected at least 1")
-        options["threads"] = threads
+    options = {name: value for name, value in given.items() if value is not None}
+    if options.get("threads", 1) < 1:
+        raise BackendError(f"--threads {options['threads']}: expected at least 1")
     if checkpoint is not None:
         if backend != "torch":
             raise BackendError(f"--checkpoint {checkpoint}: backend {backend!r} runs the bundle; leave it out")

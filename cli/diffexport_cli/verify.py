@@ -15,6 +15,9 @@ def verify(
         Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
     ] = None,
     backend: Annotated[str, typer.Option(help="Backend to run the golden cases on, or all.")] = "ort",
+    precision: Annotated[
+        str | None, typer.Option(help="What the backend computes in, as `diffx sample` takes it.", metavar="P")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="The checkpoint to compare with.", metavar="CKPT")] = None,
     thorough: Annotated[
         bool, typer.Option(help="With --against: whole runs at every batch, for large models too.")
@@ -38,6 +41,7 @@ def verify(
         findings = verify_bundle(
             path,
             usable if backend == "all" else [backend],
+            options={"precision": precision} if precision else None,
             module=found.module if found else None,
             spec=found.spec if found else None,
             thorough=thorough,

@@ -39,6 +39,9 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "ort": Backend("onnxruntime", "onnxruntime", "pip install onnxruntime", "ONNX Runtime on the CPU"),
+    "openvino": Backend(
+        "openvino", "openvino", "pip install 'diffexport[openvino]'", "OpenVINO on the CPU, fp32, bf16 and int8"
+    ),
     "torch": Backend("torch", "torch", "pip install 'diffexport[export]'", "the PyTorch module itself on the CPU"),
 }
 

@@ -1,33 +1,37 @@
-"""ONNX Runtime. Both step graphs read and write the same host buffers, so nothing is allocated or copied in the loop."""
+"""ONNX Runtime on the CPU. Optimized graphs with packed weights are kept in the cache and mapped from there."""
 
 from __future__ import annotations
 
-import os
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from diffexport.backends.host import Arrays, Call, HostSession
 from diffexport.backends.session import Array
+from diffexport.cache import cached, key_of, put
 from diffexport.errors import BackendError
-from diffexport.plan import COLUMNS, GUIDANCE, NOISE
+from diffexport.machine import processor, usable_cores
 from diffexport.spec import ModelSpec
 
 if TYPE_CHECKING:
     from diffexport.bundle import Bundle
 
 PROVIDER = "CPUExecutionProvider"
+_OPTIMIZED = "optimized.onnx"
 
 
-def open_session(bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeSession:
+def open_session(bundle: Bundle, *, threads: int | None = None, cache: bool = True) -> OnnxRuntimeSession:
     """Open a bundle on the CPU.
 
     Args:
         threads: threads of one operator; every core that this process may use where not given.
+        cache: keep optimized graphs in the cache; see ``diffexport.cache``.
     """
-    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads)
+    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads, digest=bundle.digest if cache else None)
 
 
 def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -36,9 +40,17 @@ def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceS
     Raises:
         BackendError: the graph cannot be loaded.
     """
+    return _create(path, _options(threads))
+
+
+def _options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
+    options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
+    return options
+
+
+def _create(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime's own exceptions share no base but this
@@ -48,110 +60,76 @@ def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceS
     return session
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _load_optimized(path: Path, threads: int | None, key: str) -> onnxruntime.InferenceSession:
+    """A session of the graph as ONNX Runtime optimized it, from the cache, with its weights packed for this processor.
+
+    They are mapped into memory, so that they cost neither time to read nor memory of their own. Where the cache cannot be
+    used, the graph itself.
+    """
+    entry = cached("ort", key)
+    if entry is not None:
+        try:
+            return load_graph(entry / _OPTIMIZED, threads)
+        except BackendError:
+            pass  # a damaged entry is made anew
+    entry = put("ort", key, lambda work: _optimize(path, threads, work))
+    return load_graph(path if entry is None else entry / _OPTIMIZED, threads)
 
 
-class _State:
-    """Host buffers of one batch size, and the bindings of each graph that has run on them."""
-
-    def __init__(self, spec: ModelSpec, batch: int) -> None:
-        shape = (batch, *spec.shape)
-        self.x = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]  # the current one and the next
-        self.h = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
-        self.z = np.zeros(shape, np.float32)
-        self.label = np.zeros(batch, np.int64)
-        self.row = np.zeros(len(COLUMNS), np.float32)
-        self.bindings: dict[str, list[onnxruntime.IOBinding]] = {}
-        self.current = 0
-
-    def bind(self, session: onnxruntime.InferenceSession) -> list[onnxruntime.IOBinding]:
-        """Two bindings: from buffer 0 to 1, and from 1 to 0."""
-        wanted = {node.name for node in session.get_inputs()}
-        bindings = []
-        for source in (0, 1):
-            binding = session.io_binding()
-            inputs: dict[str, NDArray[Any]] = {
-                "x": self.x[source],
-                "h": self.h[source],
-                "z": self.z,
-                "label": self.label,
-                "row": self.row,
-            }
-            for name, array in inputs.items():
-                if name in wanted:
-                    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            for name, array in (("x_next", self.x[1 - source]), ("h_next", self.h[1 - source])):
-                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            bindings.append(binding)
-        return bindings
+def _optimize(path: Path, threads: int | None, folder: Path) -> None:
+    """Write what ONNX Runtime makes of a graph."""
+    options = _options(threads)
+    options.optimized_model_filepath = str(folder / _OPTIMIZED)
+    for name, value in {
+        "session.optimized_model_external_initializers_file_name": "weights.bin",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.save_external_prepacked_constant_initializers": "1",
+    }.items():
+        options.add_session_config_entry(name, value)
+    _create(path, options)
 
 
-class OnnxRuntimeSession:
-    """The step graphs of a bundle in ONNX Runtime; see ``Session``."""
+class OnnxRuntimeSession(HostSession):
+    """The graphs of a bundle in ONNX Runtime; see ``Session``.
+
+    Args:
+        digest: of the bundle, under which optimized graphs are cached; None for no cache.
+    """
 
     backend = "ort"
-    device = "CPU"
 
-    def __init__(self, spec: ModelSpec, folder: Path, *, threads: int | None = None) -> None:
-        self._spec = spec
+    def __init__(self, spec: ModelSpec, folder: Path, *, threads: int | None = None, digest: str | None = None) -> None:
+        super().__init__(spec)
         self._folder = folder
         self._threads = threads
+        self._digest = digest
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._state: _State | None = None
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
-        state = self._state
-        if state is None or len(state.label) != len(x):
-            state = self._state = _State(self._spec, len(x))
-        state.current = 0
-        state.x[0][:] = x
-        state.h[0][:] = 0 if h is None else h
-        if label is not None:
-            state.label[:] = label
+    def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
+        session = self._session(graph)
+        binding = session.io_binding()
+        for node in session.get_inputs():
+            array = read[node.name]
+            binding.bind_input(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in written.items():
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return functools.partial(session.run_with_iobinding, binding)
 
-    def step(self, row: Array, z: Array | None = None) -> None:
-        state = self._begun()
-        name = "step_plain" if row[GUIDANCE] == 1 else "step"
-        if name not in state.bindings:
-            state.bindings[name] = state.bind(self._session(name))
-        state.row[:] = row
-        if row[NOISE] != 0:
-            assert z is not None, "a row with noise needs z"
-            state.z[:] = z
-        self._sessions[name].run_with_iobinding(state.bindings[name][state.current])
-        state.current = 1 - state.current
-
-    def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
-        feeds = {"x_init": x, "plan": rows, "noise": noise} | ({} if label is None else {"label": label})
-        (result,) = self._session("sampler").run(["x"], feeds)
-        return cast(Array, result)
-
-    def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
-        feeds = {"x_init": x, "plan": rows, "noise": noise} | ({} if label is None else {"label": label})
-        latents, image = self._session("sampler_decoded").run(["x", "image"], feeds)
-        return cast(Array, latents), cast(Array, image)
-
-    def decode(self, x: Array) -> Array:
-        (image,) = self._session("decoder").run(["image"], {"x": x})
-        return cast(Array, image)
-
-    def state(self) -> tuple[Array, Array]:
-        state = self._begun()
-        return state.x[state.current].copy(), state.h[state.current].copy()
+    def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
+        return cast(list[Array], self._session(graph).run(wanted, feeds))
 
     def close(self) -> None:
-        self._state = None
+        super().close()
         self._sessions.clear()
-
-    def _begun(self) -> _State:
-        assert self._state is not None, "begin() comes before step() and state()"
-        return self._state
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         if name not in self._sessions:
-            self._sessions[name] = load_graph(self._folder / f"{name}.onnx", self._threads)
+            path = self._folder / f"{name}.onnx"
+            if self._digest is None:
+                self._sessions[name] = load_graph(path, self._threads)
+            else:
+                key = key_of(self._digest, name, onnxruntime.__version__, processor())
+                self._sessions[name] = _load_optimized(path, self._threads, key)
         return self._sessions[name]
 
 

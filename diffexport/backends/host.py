@@ -1,0 +1,110 @@
+"""What the sessions of runtimes that work on host memory share.
+
+The state lies in two buffers each of x and h, which a runtime reads and writes in turn by itself, so that nothing is
+allocated or copied in the loop.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffexport.backends.session import Array
+from diffexport.plan import COLUMNS, GUIDANCE, NOISE
+from diffexport.spec import ModelSpec
+
+Arrays = dict[str, NDArray[Any]]
+Call = Callable[[], object]
+"""One run of a graph on the arrays it was prepared for."""
+
+
+class _State:
+    """Buffers of one batch size, and the calls of each graph that has run on them."""
+
+    def __init__(self, spec: ModelSpec, batch: int) -> None:
+        shape = (batch, *spec.shape)
+        self.x = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]  # the current one and the next
+        self.h = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
+        self.z = np.zeros(shape, np.float32)
+        self.label = np.zeros(batch, np.int64)
+        self.row = np.zeros(len(COLUMNS), np.float32)
+        self.calls: dict[str, tuple[Call, Call]] = {}
+        self.current = 0
+
+    def arrays(self, source: int) -> tuple[Arrays, Arrays]:
+        """What a step graph reads and writes, by name, from buffer ``source`` to the other."""
+        read: Arrays = {"x": self.x[source], "h": self.h[source], "z": self.z, "label": self.label, "row": self.row}
+        return read, {"x_next": self.x[1 - source], "h_next": self.h[1 - source]}
+
+
+class HostSession(ABC):
+    """The graphs of a bundle on host memory; see ``Session``. A runtime says how it prepares a call and runs one."""
+
+    backend: str
+    device = "CPU"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._state: _State | None = None
+
+    @abstractmethod
+    def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
+        """A call of a graph that reads and writes these arrays in place; a graph need not have all of the inputs."""
+
+    @abstractmethod
+    def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
+        """One run of a graph on any arrays, with results of their own."""
+
+    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+        state = self._state
+        if state is None or len(state.label) != len(x):
+            state = self._state = _State(self._spec, len(x))
+        state.current = 0
+        state.x[0][:] = x
+        state.h[0][:] = 0 if h is None else h
+        if label is not None:
+            state.label[:] = label
+
+    def step(self, row: Array, z: Array | None = None) -> None:
+        state = self._begun()
+        graph = "step_plain" if row[GUIDANCE] == 1 else "step"
+        if graph not in state.calls:
+            there, back = (self._prepare(graph, *state.arrays(source)) for source in (0, 1))
+            state.calls[graph] = there, back
+        state.row[:] = row
+        if row[NOISE] != 0:
+            assert z is not None, "a row with noise needs z"
+            state.z[:] = z
+        state.calls[graph][state.current]()
+        state.current = 1 - state.current
+
+    def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
+        (result,) = self._run("sampler", _loop_feeds(x, label, rows, noise), ["x"])
+        return result
+
+    def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
+        latents, image = self._run("sampler_decoded", _loop_feeds(x, label, rows, noise), ["x", "image"])
+        return latents, image
+
+    def decode(self, x: Array) -> Array:
+        (image,) = self._run("decoder", {"x": x}, ["image"])
+        return image
+
+    def state(self) -> tuple[Array, Array]:
+        state = self._begun()
+        return state.x[state.current].copy(), state.h[state.current].copy()
+
+    def close(self) -> None:
+        self._state = None
+
+    def _begun(self) -> _State:
+        assert self._state is not None, "begin() comes before step() and state()"
+        return self._state
+
+
+def _loop_feeds(x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Arrays:
+    return {"x_init": x, "plan": rows, "noise": noise} | ({} if label is None else {"label": label})
