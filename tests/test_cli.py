@@ -131,7 +131,8 @@ def test_inspect_and_plan_and_doctor_report(diffx, toy_bundle):
     assert status == 0
     assert "ok    ort" in out
     report = json.loads(diffx("doctor", "--json")[1])
-    assert {entry["backend"]: entry["works"] for entry in report["backends"]} == {"ort": True, "torch": True}
+    works = {entry["backend"]: entry["works"] for entry in report["backends"]}
+    assert all(works[name] for name in ("ort", "openvino", "torch"))
 
 
 def test_debug_shows_the_traceback(toy_bundle):
