@@ -1,0 +1,118 @@
+#include "bundle.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+
+#include "error.hpp"
+#include "sha256.hpp"
+
+namespace diffx::core {
+namespace {
+
+constexpr std::uintmax_t kLargestText = 1 << 26; // bytes of a manifest, or of a file of tensors
+
+std::string read_file(const std::filesystem::path& path) {
+    std::error_code problem;
+    const std::uintmax_t size = std::filesystem::file_size(path, problem);
+    std::ifstream file(path, std::ios::binary);
+    if (problem || !file)
+        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": cannot be read; expected a bundle made by `diffx export`");
+    if (size > kLargestText) throw error(DIFFX_BUNDLE_ERROR, path.string(), ": ", size, " bytes, expected at most ", kLargestText);
+    std::string text(size, '\0');
+    file.read(text.data(), static_cast<std::streamsize>(size));
+    if (file.gcount() != static_cast<std::streamsize>(size))
+        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": cut off while it was read");
+    return text;
+}
+
+std::string sha256_of(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::vector<char> chunk(1 << 18);
+    Sha256 hash;
+    while (file.read(chunk.data(), static_cast<std::streamsize>(chunk.size())) || file.gcount() > 0)
+        hash.update(std::as_bytes(std::span(chunk).first(static_cast<std::size_t>(file.gcount()))));
+    return hash.digest();
+}
+
+/// `ddim.20` as people write it, `ddim:20`.
+std::string shown(const std::string& key) {
+    const std::size_t dot = key.rfind('.');
+    return dot == std::string::npos ? key : key.substr(0, dot) + ':' + key.substr(dot + 1);
+}
+
+} // namespace
+
+Bundle::Bundle(std::filesystem::path path) : path_(std::move(path)) {
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(path_, ignored))
+        throw error(DIFFX_BUNDLE_ERROR, path_.string(), ": ",
+                    std::filesystem::exists(path_, ignored) ? "not a folder" : "no such folder",
+                    "; expected a bundle made by `diffx export`");
+    const auto manifest = path_ / "manifest.json";
+    manifest_ = parse_manifest(read_file(manifest), manifest.string());
+    for (const auto& [name, entry] : manifest_.files) check_file(name, entry);
+    plans_ = tensors("plans.safetensors");
+}
+
+void Bundle::check_file(const std::string& name, const FileEntry& entry) const {
+    const auto path = path_ / name;
+    std::error_code problem;
+    if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path, problem)))
+        throw error(DIFFX_BUNDLE_ERROR, path.string(),
+                    ": missing or not a regular file; copy the whole bundle again or export the model again");
+    const std::uintmax_t size = std::filesystem::file_size(path, problem);
+    if (size != entry.size)
+        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": ", size, " bytes, the manifest says ", entry.size,
+                    "; the file was changed or cut off");
+    const std::string found = sha256_of(path);
+    if (found != entry.sha256)
+        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": sha256 is ", found.substr(0, 12), "..., the manifest says ",
+                    entry.sha256.substr(0, 12), "...; the file was changed or damaged");
+}
+
+Tensors Bundle::tensors(const char* name) const {
+    const auto path = path_ / name;
+    const std::string file = read_file(path);
+    return parse_safetensors(std::as_bytes(std::span(file)), path.string());
+}
+
+Plan Bundle::plan(const std::string& sampler, int steps, double guidance_scale) const {
+    const std::string key = sampler + "." + std::to_string(steps);
+    const auto rows = plans_.find(key), scale = plans_.find(key + ".x_scale");
+    if (rows == plans_.end() || scale == plans_.end()) {
+        std::string known;
+        for (const auto& [name, tensor] : plans_)
+            if (plans_.contains(name + ".x_scale")) known.append(known.empty() ? "" : ", ").append(shown(name));
+        throw error(DIFFX_PLAN_ERROR, "plan ", sampler, ":", steps, ": the bundle has ", known, "; add one with `diffx export CKPT --plan ",
+                    sampler, ":", steps, "`");
+    }
+    if (!std::isfinite(guidance_scale))
+        throw error(DIFFX_PLAN_ERROR, "guidance_scale ", guidance_scale, ": expected a finite number");
+    if (guidance_scale != 1 && manifest_.num_classes == 0)
+        throw error(DIFFX_PLAN_ERROR, "guidance_scale ", guidance_scale,
+                    ": this model has no labels, so only 1 (off) is possible");
+    const auto& table = rows->second.floats;
+    const auto finite = [](float number) { return std::isfinite(number); };
+    const auto& shape = rows->second.shape;
+    if (table.empty() || shape.size() != 2 || shape[1] != kColumns ||
+        scale->second.floats.size() != 1 || !std::ranges::all_of(table, finite) || !finite(scale->second.floats[0]))
+        throw error(DIFFX_BUNDLE_ERROR, (path_ / "plans.safetensors").string(), ": plan ", shown(key),
+                    " is not a table of finite numbers with ", kColumns, " columns; export the model again");
+    Plan plan{std::vector<Row>(table.size() / kColumns), scale->second.floats[0]};
+    for (std::size_t k = 0; k < plan.rows.size(); ++k) {
+        std::copy_n(table.begin() + static_cast<std::ptrdiff_t>(k * kColumns), kColumns, plan.rows[k].begin());
+        plan.rows[k][kGuidance] = static_cast<float>(guidance_scale);
+    }
+    return plan;
+}
+
+std::shared_ptr<Network> Bundle::network(const std::string& backend, const Options& options) const {
+    const std::lock_guard lock(mutex_);
+    auto& kept = networks_[{backend, options}];
+    auto network = kept.lock();
+    if (!network) kept = network = open_network(*this, backend, options);
+    return network;
+}
+
+} // namespace diffx::core

@@ -1,0 +1,40 @@
+// What manifest.json says of a bundle, as far as a run needs it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace diffx::core {
+
+struct FileEntry {
+    std::uint64_t size;
+    std::string sha256;
+};
+
+struct Defaults {
+    std::string sampler;
+    int steps;
+    double guidance_scale;
+    int batch;
+};
+
+struct Manifest {
+    std::string name;
+    std::string precision;
+    std::vector<std::int64_t> shape; // of one sample, (C, H, W) or (D)
+    std::size_t size;                // numbers in one sample
+    std::int64_t num_classes;        // 0 for a model without labels
+    std::vector<std::string> label_names;
+    Defaults defaults;
+    std::map<std::string, FileEntry> files;
+};
+
+/// Read the text of a manifest. Throws DIFFX_BUNDLE_ERROR, whose message begins with path.
+Manifest parse_manifest(std::string_view text, const std::string& path);
+
+} // namespace diffx::core
