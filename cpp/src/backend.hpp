@@ -47,6 +47,8 @@ public:
     /// What it really runs on, as the runtime says.
     virtual std::string device() const = 0;
     virtual std::unique_ptr<State> state(std::size_t batch) = 0;
+    /// Run the decoder on one sample (C, *sides) of any two sides; image has the room that its upscaling needs.
+    virtual void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) = 0;
 };
 
 /// Load the graphs of a bundle. The backend that is named is used or DIFFX_BACKEND_ERROR thrown; none takes its place.

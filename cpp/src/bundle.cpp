@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <utility>
 
 #include "error.hpp"
 #include "sha256.hpp"
@@ -35,10 +36,21 @@ std::string sha256_of(const std::filesystem::path& path) {
     return hash.digest();
 }
 
-/// `ddim.20` as people write it, `ddim:20`.
-std::string shown(const std::string& key) {
-    const std::size_t dot = key.rfind('.');
-    return dot == std::string::npos ? key : key.substr(0, dot) + ':' + key.substr(dot + 1);
+/// The plans that there are, for people: "ddim:5,10,20 heun:5,10".
+std::string known_plans(const Tensors& plans) {
+    std::map<std::string, std::map<std::size_t, std::string>> samplers; // steps in the order of their numbers
+    for (const auto& [key, tensor] : plans) {
+        const std::size_t dot = key.rfind('.');
+        if (dot != std::string::npos && plans.contains(key + ".x_scale"))
+            samplers[key.substr(0, dot)][tensor.floats.size()] = key.substr(dot + 1);
+    }
+    std::string text;
+    for (const auto& [sampler, numbers] : samplers) {
+        text.append(text.empty() ? "" : " ").append(sampler);
+        char mark = ':';
+        for (const auto& [size, steps] : numbers) text.append(1, std::exchange(mark, ',')).append(steps);
+    }
+    return text;
 }
 
 } // namespace
@@ -81,23 +93,20 @@ Plan Bundle::plan(const std::string& sampler, int steps, double guidance_scale) 
     const std::string key = sampler + "." + std::to_string(steps);
     const auto rows = plans_.find(key), scale = plans_.find(key + ".x_scale");
     if (rows == plans_.end() || scale == plans_.end()) {
-        std::string known;
-        for (const auto& [name, tensor] : plans_)
-            if (plans_.contains(name + ".x_scale")) known.append(known.empty() ? "" : ", ").append(shown(name));
-        throw error(DIFFX_PLAN_ERROR, "plan ", sampler, ":", steps, ": the bundle has ", known, "; add one with `diffx export CKPT --plan ",
-                    sampler, ":", steps, "`");
+        throw error(DIFFX_PLAN_ERROR, "plan ", sampler, ":", steps, ": the bundle has ", known_plans(plans_),
+                    "; add this one with `diffx export CKPT --plan ", sampler, ":", steps, "`");
     }
     if (!std::isfinite(guidance_scale))
         throw error(DIFFX_PLAN_ERROR, "guidance_scale ", guidance_scale, ": expected a finite number");
-    if (guidance_scale != 1 && manifest_.num_classes == 0)
-        throw error(DIFFX_PLAN_ERROR, "guidance_scale ", guidance_scale,
-                    ": this model has no labels, so only 1 (off) is possible");
+    if (guidance_scale != 1 && (manifest_.num_classes == 0 || !manifest_.has_null))
+        throw error(DIFFX_PLAN_ERROR, "guidance_scale ", guidance_scale, ": this model has no ",
+                    manifest_.num_classes == 0 ? "labels" : "null label", ", so only 1 (off) is possible");
     const auto& table = rows->second.floats;
     const auto finite = [](float number) { return std::isfinite(number); };
     const auto& shape = rows->second.shape;
     if (table.empty() || shape.size() != 2 || shape[1] != kColumns ||
         scale->second.floats.size() != 1 || !std::ranges::all_of(table, finite) || !finite(scale->second.floats[0]))
-        throw error(DIFFX_BUNDLE_ERROR, (path_ / "plans.safetensors").string(), ": plan ", shown(key),
+        throw error(DIFFX_BUNDLE_ERROR, (path_ / "plans.safetensors").string(), ": plan ", sampler, ":", steps,
                     " is not a table of finite numbers with ", kColumns, " columns; export the model again");
     Plan plan{std::vector<Row>(table.size() / kColumns), scale->second.floats[0]};
     for (std::size_t k = 0; k < plan.rows.size(); ++k) {

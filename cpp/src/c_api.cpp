@@ -74,7 +74,7 @@ void diffx_bundle_free(diffx_bundle* bundle) { delete bundle; }
 const char* diffx_bundle_name(const diffx_bundle* bundle) { return bundle->bundle->manifest().name.c_str(); }
 
 size_t diffx_bundle_shape(const diffx_bundle* bundle, int64_t shape[3]) {
-    const auto& sides = bundle->bundle->manifest().shape;
+    const auto& sides = bundle->bundle->manifest().image_shape;
     std::copy(sides.begin(), sides.end(), shape);
     return sides.size();
 }

@@ -23,14 +23,25 @@ struct Defaults {
     int batch;
 };
 
+/// A decoder of latents to images.
+struct Decoder {
+    std::size_t upscale;  // pixels on a side for each latent
+    std::size_t channels; // of the images
+    std::size_t tile;     // pixels on a side of the tiles in which larger images are decoded; 0: decoded whole
+};
+
 struct Manifest {
     std::string name;
     std::string precision;
     std::vector<std::int64_t> shape; // of one sample, (C, H, W) or (D)
     std::size_t size;                // numbers in one sample
     std::int64_t num_classes;        // 0 for a model without labels
+    bool has_null;                   // it knows a null label beside those; without one there is no guidance
     std::vector<std::string> label_names;
     Defaults defaults;
+    std::optional<Decoder> decoder;
+    std::vector<std::int64_t> image_shape; // of what is returned: the sample, or what the decoder makes of it
+    std::size_t image_size;
     std::map<std::string, FileEntry> files;
 };
 

@@ -2,9 +2,9 @@
 
 #include <bit>
 #include <cstring>
-#include <nlohmann/json.hpp>
 
 #include "error.hpp"
+#include "json.hpp"
 
 namespace diffx::core {
 namespace {
@@ -32,8 +32,8 @@ std::vector<Number> copied(std::span<const std::byte> bytes, std::size_t count) 
 
 Tensor tensor_of(const nlohmann::json& entry, std::span<const std::byte> data) {
     Tensor tensor;
-    tensor.shape = entry.at("shape").get<std::vector<std::int64_t>>();
-    const auto offsets = entry.at("data_offsets").get<std::vector<std::uint64_t>>();
+    tensor.shape = whole_numbers<std::int64_t>(entry.at("shape"));
+    const auto offsets = whole_numbers<std::uint64_t>(entry.at("data_offsets"));
     if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > data.size())
         throw std::out_of_range("it lies outside the file");
     const auto bytes = data.subspan(offsets[0], offsets[1] - offsets[0]);

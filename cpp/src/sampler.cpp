@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "decoding.hpp"
 #include "error.hpp"
 #include "noise.hpp"
 
@@ -46,9 +47,9 @@ void Sampler::sample(const Request& request, std::span<float> images) {
     if (request.num < 1) throw error(DIFFX_SHAPE_ERROR, "num 0: expected at least 1");
     if (request.steps < 0) throw error(DIFFX_PLAN_ERROR, "steps ", request.steps, ": expected at least 1");
     if (request.batch < 0) throw error(DIFFX_SHAPE_ERROR, "batch ", request.batch, ": expected at least 1");
-    if (images.size() / manifest.size < request.num)
+    if (images.size() / manifest.image_size < request.num)
         throw error(DIFFX_SHAPE_ERROR, "images: there is room for ", images.size(), " numbers, ", request.num, " images have ",
-                    manifest.size, " each");
+                    manifest.image_size, " each");
     check_labels(manifest, request);
     const Plan plan = bundle_->plan(request.sampler.empty() ? defaults.sampler : request.sampler,
                                     request.steps == 0 ? defaults.steps : request.steps,
@@ -73,12 +74,19 @@ void Sampler::sample(const Request& request, std::span<float> images) {
             state.step(plan.rows[row]);
             if (request.on_step != nullptr) request.on_step(request.user, done * rows + row + 1, batches * rows);
         }
-        const auto out = images.subspan(start * manifest.size, count * manifest.size);
-        state.read(out, {});
+        const auto out = images.subspan(start * manifest.image_size, count * manifest.image_size);
+        if (manifest.decoder) {
+            state.read(start_, {});
+            for (std::size_t k = 0; k < count; ++k)
+                decode(*network_, manifest, std::span(start_).subspan(k * manifest.size, manifest.size),
+                       out.subspan(k * manifest.image_size, manifest.image_size));
+        } else {
+            state.read(out, {});
+        }
         const auto bad = std::ranges::find_if(out, [](float number) { return !std::isfinite(number); });
         if (bad != out.end())
-            throw error(DIFFX_BACKEND_ERROR, "sample ", first + static_cast<std::size_t>(bad - out.begin()) / manifest.size, ": ",
-                        backend_, " returned numbers that are not finite; check the bundle with `diffx verify`");
+            throw error(DIFFX_BACKEND_ERROR, "sample ", first + static_cast<std::size_t>(bad - out.begin()) / manifest.image_size,
+                        ": ", backend_, " returned numbers that are not finite; check the bundle with `diffx verify`");
     }
 }
 

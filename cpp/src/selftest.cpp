@@ -6,6 +6,7 @@
 #include <limits>
 #include <set>
 
+#include "decoding.hpp"
 #include "error.hpp"
 #include "noise.hpp"
 
@@ -39,6 +40,15 @@ Finding compared(std::string name, std::span<const float> found, std::span<const
     const double peak = static_cast<double>(high) - low, mse = error / static_cast<double>(expected.size());
     const double psnr = mse == 0 ? std::numeric_limits<double>::infinity() : 10 * std::log10(peak * peak / mse);
     return {std::move(name), false, false, scale == 0 ? std::sqrt(error) : std::sqrt(error / scale), largest, psnr, 0, 0};
+}
+
+/// A comparison that is held to a relative error.
+Finding held(std::string name, std::span<const float> found, std::span<const float> expected, double limit, double seconds) {
+    Finding finding = compared(std::move(name), found, expected);
+    finding.limit = limit;
+    finding.passed = finding.relative_l2 <= limit;
+    finding.seconds_per_step = seconds;
+    return finding;
 }
 
 /// The recorded tensors by name; a missing one is said.
@@ -120,11 +130,7 @@ std::vector<Finding> selftest(Sampler& sampler) {
             state->read(x_next, h_next);
         });
         for (const auto& [suffix, found] : {std::pair(".x_next", &x_next), std::pair(".h_next", &h_next)}) {
-            Finding finding = compared(name + suffix, *found, cases.floats(name + suffix, numbers));
-            finding.limit = limits.step;
-            finding.passed = finding.relative_l2 <= limits.step;
-            finding.seconds_per_step = seconds;
-            findings.push_back(finding);
+            findings.push_back(held(name + suffix, *found, cases.floats(name + suffix, numbers), limits.step, seconds));
         }
     }
     const auto rows = cases.rows("run.rows");
@@ -154,6 +160,12 @@ std::vector<Finding> selftest(Sampler& sampler) {
     run.passed = run.held_by_psnr ? run.psnr >= run.limit : run.relative_l2 <= run.limit;
     run.seconds_per_step = seconds / static_cast<double>(rows.size());
     findings.push_back(run);
+    if (manifest.decoder) {
+        std::vector<float> image(manifest.image_size);
+        const auto latents = cases.floats("decoder.x", manifest.size);
+        const double taken = fastest([&] { decode(sampler.network(), manifest, latents, image); });
+        findings.push_back(held("decoder.image", image, cases.floats("decoder.image", image.size()), limits.step, taken));
+    }
     return findings;
 }
 

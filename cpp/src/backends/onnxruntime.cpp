@@ -65,23 +65,26 @@ struct Graph {
     std::vector<std::string> inputs;
 };
 
+constexpr std::size_t kPlain = 0, kGuided = 1, kDecoder = 2; // graphs of a bundle
+
 class OrtNetwork final : public Network, public std::enable_shared_from_this<OrtNetwork> {
 public:
     OrtNetwork(const Bundle& bundle, const Options& options, bool cuda)
-        : environment_(ort.api->ReleaseEnv), step_(bundle.graph("step")), step_plain_(bundle.graph("step_plain")),
-          options_(options), cuda_(cuda), shape_(bundle.manifest().shape), size_(bundle.manifest().size) {
+        : environment_(ort.api->ReleaseEnv),
+          paths_{bundle.graph("step_plain"), bundle.graph("step"), bundle.graph("decoder")}, options_(options), cuda_(cuda),
+          shape_(bundle.manifest().shape), size_(bundle.manifest().size),
+          decoder_(bundle.manifest().decoder.value_or(Decoder{})) {
         ort.check(ort.api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "diffx", environment_.out()), "backend 'ort'");
     }
 
     std::string device() const override { return cuda_ ? "CUDA device " + std::to_string(options_.device) : "CPU"; }
     std::unique_ptr<State> state(std::size_t batch) override;
 
-    /// The graph of rows with guidance, or without; loaded when first asked for.
-    const Graph& graph(bool guided) {
+    /// A graph, loaded when first asked for.
+    const Graph& graph(std::size_t which) {
         const std::lock_guard lock(mutex_);
-        auto& graph = guided ? guided_ : plain_;
-        if (!graph) graph = load(guided ? step_ : step_plain_);
-        return *graph;
+        if (!graphs_[which]) graphs_[which] = load(paths_[which]);
+        return *graphs_[which];
     }
 
     std::unique_ptr<Memory> memory() const { return cuda_ ? cuda_memory(options_.device) : host_memory(); }
@@ -98,6 +101,26 @@ public:
         return shape;
     }
     std::size_t size() const { return size_; }
+
+    void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) override {
+        const Graph& graph = this->graph(kDecoder);
+        Handle<OrtMemoryInfo> host(ort.api->ReleaseMemoryInfo);
+        ort.check(ort.api->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, host.out()), "decoder");
+        const auto wrapped = [&](auto numbers, std::int64_t channels, std::int64_t upscale) {
+            const std::int64_t shape[] = {1, channels, sides[0] * upscale, sides[1] * upscale};
+            Handle<OrtValue> tensor(ort.api->ReleaseValue);
+            ort.check(ort.api->CreateTensorWithDataAsOrtValue(host.get(), const_cast<float*>(numbers.data()), numbers.size_bytes(),
+                                                              shape, 4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, tensor.out()),
+                      "decoder");
+            return tensor;
+        };
+        const Handle<OrtValue> x = wrapped(latents, shape_[0], 1);
+        const Handle<OrtValue> pixels = wrapped(image, static_cast<std::int64_t>(decoder_.channels), static_cast<std::int64_t>(decoder_.upscale));
+        const char *const inputs[] = {"x"}, *const outputs[] = {"image"};
+        const OrtValue* const given[] = {x.get()};
+        OrtValue* made[] = {pixels.get()};
+        ort.check(ort.api->Run(graph.session.get(), nullptr, inputs, given, 1, outputs, 1, made), "decoder");
+    }
 
     const Ort ort;
 
@@ -140,13 +163,14 @@ private:
     }
 
     Handle<OrtEnv> environment_;
-    std::string step_, step_plain_;
+    std::array<std::string, 3> paths_;
     Options options_;
     bool cuda_;
     std::vector<std::int64_t> shape_;
     std::size_t size_;
+    Decoder decoder_;
     std::mutex mutex_;
-    std::unique_ptr<Graph> guided_, plain_;
+    std::array<std::unique_ptr<Graph>, 3> graphs_;
 };
 
 /// Buffers of one batch, and what is bound to them. x and h have two each: a step reads one and writes the other.
@@ -175,9 +199,9 @@ public:
     std::span<float> noise() override { return std::span(staged_).first(numbers_); }
 
     void step(const Row& row) override {
-        const bool guided = row[kGuidance] != 1.0f;
-        auto& bindings = bindings_[guided];
-        const Graph& graph = network_->graph(guided);
+        const std::size_t which = row[kGuidance] == 1.0f ? kPlain : kGuided;
+        auto& bindings = bindings_[which];
+        const Graph& graph = network_->graph(which);
         if (bindings.empty()) bindings = bind(graph);
         memory_->upload(*value("row").buffer, row.data(), sizeof row);
         if (row[kNoise] != 0) memory_->upload(*value("z").buffer, staged_.data(), numbers_ * sizeof(float));

@@ -1,0 +1,308 @@
+"""The C++ runtime: built with CMake, run as its users run it, and held to the Python runtime number by number."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+import diffexport
+from diffexport.parity import LIMITS
+from diffexport.pictures import grid
+from diffexport.samplers import SAMPLERS
+
+ROOT = Path(__file__).parent.parent
+ORACLES = ROOT / "tests" / "oracles"
+
+
+class Built:
+    """The C++ runtime as built for the tests, with the runtimes of this Python environment."""
+
+    def __init__(self):
+        self.folder = ROOT / "build" / "cpp"
+        self.environment = os.environ | {
+            "DIFFX_ONNXRUNTIME_LIBRARY": str(
+                next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+            ),
+        }
+
+    def build(self):
+        """Configure and build what changed; several test processes take turns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.run([ROOT / "scripts" / "setup-cpp"], check=True)
+            configure = ["cmake", "-S", ROOT / "cpp", "-B", self.folder, "-G", "Ninja"]
+            options = ["DIFFX_TESTS=ON", "DIFFX_WERROR=ON", f"onnxruntime_ROOT={ROOT / 'build' / 'onnxruntime'}"]
+            for command in ([*configure, *(f"-D{option}" for option in options)], ["ninja", "-C", self.folder]):
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, name, *words, check=True, environment=None):
+        """Run a program of the build; its exit status has to be 0 where ``check``."""
+        command = [self.folder / name, *map(str, words)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=self.environment | (environment or {})
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def sample(self, bundle, folder, *words):
+        """The images that diffx-sample draws."""
+        out = folder / "out.npy"
+        self.run("diffx-sample", bundle.path, "--npy", out, *words)
+        return np.load(out)
+
+
+@pytest.fixture(scope="session")
+def cpp():
+    built = Built()
+    built.build()
+    return built
+
+
+FAMILIES = {  # checkpoints of every family of models, with what a state dict does not tell
+    "DiT": ("sd_dit_cond", {"heads": 2, "prediction": "v", "scaled": True, "schedule": "ddpm"}),
+    "U-Net": ("sd_unet_cond", {"image_size": 12, "prediction": "eps", "scaled": True, "schedule": "ddpm"}),
+    "MLP": ("sd_mlp_cond", {"prediction": "eps", "scaled": False, "schedule": "loglinear"}),
+    "official DiT": ("official_dit", {"heads": 4}),
+}
+
+
+@pytest.fixture(scope="session")
+def family_bundle(tmp_path_factory):
+    from diffexport_reference.checkpoints import load_checkpoint
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            weights, facts = FAMILIES[name]
+            module, spec = load_checkpoint(ORACLES / f"{weights}.safetensors", **facts)
+            made[name] = diffexport.export(module, spec, tmp_path_factory.mktemp("families") / f"{weights}.diffx")
+        return made[name]
+
+    return make
+
+
+def plans_of(bundle):
+    """The samplers whose ready-made plans a bundle has."""
+    return sorted({name.rpartition(".")[0] for name in bundle.plans() if not name.endswith(".x_scale")} & set(SAMPLERS))
+
+
+def assert_same_images(cpp, bundle, folder, steps):
+    """Every sampler, with guidance where the model allows it: C++ and Python agree to 1e-5."""
+    names = plans_of(bundle)
+    assert len(names) >= 5
+    words = ["--seed", 2**40 + 3, "--first", 5, "--num", 5, "--batch", 2, "--steps", steps]
+    with bundle.sampler(threads=1) as sampler:
+        for name in names:
+            scale = 2.5 if bundle.spec.guidable else 1.0
+            options = {"sampler": name, "steps": steps, "guidance_scale": scale}
+            expected = sampler.sample(num=5, batch=2, seed=2**40 + 3, first=5, **options)
+            if sampler.decoder is not None:
+                expected = sampler.decode(expected)
+            found = cpp.sample(bundle, folder, *words, "--sampler", name, "--guidance-scale", scale)
+            assert found.dtype == np.float32
+            assert found.shape == expected.shape
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected), name
+
+
+def test_units(cpp):
+    """Noise vectors, SHA-256, the readers of manifests and tensors."""
+    assert "SUCCESS" in cpp.run("tests/diffx-unit-tests").stdout
+
+
+@pytest.mark.parametrize("name", ["plain", "variance", "flow", "unguided", "points", "decoded"])
+def test_every_sampler_gives_the_images_of_python(cpp, toy_bundle, tmp_path, name):
+    assert_same_images(cpp, toy_bundle(name), tmp_path, 10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name):
+    assert_same_images(cpp, family_bundle(name), tmp_path, 5)
+
+
+def test_the_example_of_the_documentation_compiles_and_runs(cpp, family_bundle):
+    source = (ROOT / "cpp" / "tests" / "ten_lines.cpp").read_text()
+    example = [line for line in source.splitlines() if line.startswith("    ") and "printf" not in line]
+    assert re.search(r"//     diffx::Bundle", (ROOT / "cpp" / "include" / "diffx.hpp").read_text())
+    assert len(example) == 3
+    bundle = family_bundle("DiT")
+    text = cpp.run("tests/diffx-ten-lines", bundle.path).stdout
+    expected = bundle.sampler().sample(labels=[3, 1, 4], steps=20, seed=0)
+    assert text.startswith(f"4 sides, {expected.size} numbers, first ")
+    assert float(text.split()[-1]) == pytest.approx(expected.flat[0], abs=1e-5)
+
+
+def test_the_c_interface(cpp, family_bundle):
+    """Also that each refusal is a status and a message; see cpp/tests/c_program.c."""
+    bundle = family_bundle("DiT")
+    numbers = [float(line) for line in cpp.run("tests/diffx-c-program", bundle.path).stdout.split()]
+    options = {"sampler": "ddpm", "steps": 10, "guidance_scale": 2.0, "seed": 7}
+    expected = bundle.sampler().sample([3, 1, 4], **options).ravel()
+    np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_library_exports_the_c_interface_and_nothing_else(cpp):
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", cpp.folder / "libdiffx-runtime.so"], capture_output=True, text=True, check=True
+    )
+    functions = {line.split()[2] for line in listed.stdout.splitlines() if line.split()[1] == "T"}
+    header = (ROOT / "cpp" / "include" / "diffx.h").read_text()
+    assert functions == set(re.findall(r"DIFFX_API [\w \*]*?(diffx_\w+)\(", header))
+
+
+def test_threads_share_a_bundle(cpp, toy_bundle):
+    assert cpp.run("tests/diffx-threads", toy_bundle("plain").path, "ort").stdout == "the same\n"
+
+
+def test_the_selftest_holds_the_bundle_to_pythons_limits(cpp, toy_bundle):
+    done = cpp.run("diffx-sample", toy_bundle("decoded").path, "--selftest", "--json")
+    findings = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f["check"] for f in findings][-2:] == ["run", "decoder.image"]
+    assert len(findings) == 8
+    for finding in findings:
+        assert finding["passed"]
+        limits = LIMITS["fp32"]
+        assert finding["limit"] == (limits.trajectory if finding["check"] == "run" else limits.step)
+        assert 0 < finding["seconds_per_step"] < 10
+
+
+def test_the_picture_is_the_one_that_python_draws(cpp, toy_bundle, family_bundle, tmp_path):
+    for bundle in (toy_bundle("plain"), family_bundle("DiT")):  # latents, and gray pictures
+        cpp.run("diffx-sample", bundle.path, "--num", 5, "--steps", 5, "--out", tmp_path / "a.png")
+        expected = grid(bundle.sampler().sample(num=5, steps=5))
+        assert np.abs(np.asarray(Image.open(tmp_path / "a.png"), int) - np.asarray(expected)).max() <= 1
+
+
+def raw_runs(cpp, bundle, *words):
+    """What lies between the runs of the network, after the first twenty: see cpp/tests/raw_runs.cpp."""
+    shim = str(cpp.folder / "tests" / "libdiffx-raw-runs.so")
+    real = cpp.environment["DIFFX_ONNXRUNTIME_LIBRARY"]
+    environment = {"DIFFX_ONNXRUNTIME_LIBRARY": shim, "LD_PRELOAD": shim, "RAW_RUNS_LIBRARY": real}
+    words = [bundle.path, "--sampler", "ddpm", "--steps", 10, *words]
+    report = cpp.run("diffx-sample", *words, environment=environment).stderr.split()
+    return dict(zip(report[::2], map(float, report[1::2]), strict=True))
+
+
+def test_the_loop_allocates_nothing(cpp, family_bundle, tmp_path):
+    """Between the runs of the network, noise and new batches included, malloc is not called once."""
+    found = raw_runs(cpp, family_bundle("DiT"), "--num", 40, "--batch", 4, "--npy", tmp_path / "a.npy")
+    assert found["runs"] == 80
+    assert found["allocations"] == 0
+
+
+def test_the_library_is_small(cpp, tmp_path):
+    """Stripped, at most a megabyte with the backends, which are opened and not linked."""
+    for name in ("libdiffx-runtime.so", "diffx-sample"):
+        subprocess.run(["strip", "-o", tmp_path / name, cpp.folder / name], check=True)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_000_000
+    needed = subprocess.run(
+        ["readelf", "-d", cpp.folder / "libdiffx-runtime.so"], capture_output=True, text=True, check=True
+    )
+    assert "onnxruntime" not in needed.stdout
+
+
+def damage(kind, path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    if kind == "cut off":
+        (path / "weights.bin").write_bytes((path / "weights.bin").read_bytes()[:-1])
+    elif kind == "altered":
+        data = bytearray((path / "step.onnx").read_bytes())
+        data[len(data) // 2] ^= 1
+        (path / "step.onnx").write_bytes(data)
+    elif kind == "version":
+        manifest["schema"] = 2
+    elif kind == "leaves":
+        manifest["files"]["../outside"] = {"size": 1, "sha256": ""}
+    elif kind == "link":
+        shutil.move(path / "step.onnx", path.parent / "step.onnx")
+        (path / "step.onnx").symlink_to(path.parent / "step.onnx")
+    elif kind == "huge":
+        manifest["model"]["shape"] = [2**40, 2**40, 2**40]
+    elif kind == "no plans":
+        (path / "plans.safetensors").unlink()
+    elif kind == "no manifest":
+        (path / "manifest.json").unlink()
+        return
+    elif kind == "text":
+        (path / "manifest.json").write_text("not JSON")
+        return
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("cut off", "weights.bin: "),
+    ("altered", "step.onnx: sha256 is"),
+    ("version", "schema version 2, this diffx reads 1"),
+    ("leaves", "'../outside', expected a plain file name"),
+    ("link", "not a regular file"),
+    ("huge", "model.shape"),
+    ("no plans", "plans.safetensors: missing"),
+    ("no manifest", "cannot be read; expected a bundle"),
+    ("text", "not a valid manifest"),
+])  # fmt: skip
+def test_bad_bundles_are_refused_in_one_line(cpp, toy_bundle, tmp_path, kind, message):
+    path = tmp_path / "bad.diffx"
+    shutil.copytree(toy_bundle("plain").path, path)
+    damage(kind, path)
+    done = cpp.run("diffx-sample", path, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("diffx-sample: error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(("words", "message", "status"), [
+    (["--steps", "13"], "dpmpp-2m:5,10,20,50", 1),
+    (["--steps", "13"], "add this one with `diffx export CKPT --plan dpmpp-2m:13`", 1),
+    (["--sampler", "dimm"], "plan dimm:20", 1),
+    (["--labels", "7"], "label '7': this model has labels 0..4", 2),
+    (["--labels", "3", "--num", "2", "--per-label", "3"], "--per-label: give it without --num", 2),
+    (["--backend", "nonsense"], "known: ort, ort-cuda, openvino, trt, trt-rtx", 1),
+    (["--steps", "many"], "--steps many: expected a number of at least 1", 2),
+    (["--guidance-scale", "nan"], "--guidance-scale nan: expected a finite number", 2),
+    (["--hurry"], "--hurry: no such option", 2),
+    (["--out", "/nowhere/a.png", "--steps", "5"], "/nowhere/a.png", 1),
+    (["extra"], "expected one BUNDLE", 2),
+])  # fmt: skip
+def test_wrong_calls_are_refused_in_one_line(cpp, toy_bundle, words, message, status):
+    done = cpp.run("diffx-sample", toy_bundle("plain").path, *words, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_runtime_that_is_missing_is_said(cpp, toy_bundle):
+    environment = {"DIFFX_ONNXRUNTIME_LIBRARY": "libnowhere.so"}
+    done = cpp.run("diffx-sample", toy_bundle("plain").path, check=False, environment=environment)
+    assert done.returncode == 1
+    assert "libnowhere.so: cannot open shared object file" in done.stderr
+    assert "install ONNX Runtime's C library, or name the file in DIFFX_ONNXRUNTIME_LIBRARY" in done.stderr
+
+
+def test_the_selftest_refuses_what_differs(cpp, toy_bundle, tmp_path):
+    """A bundle whose recorded results are changed, with a manifest that vouches for the change."""
+    from diffexport.bundle import GOLDEN, entry_of, read_tensors, write_tensors
+
+    path = tmp_path / "changed.diffx"
+    shutil.copytree(toy_bundle("plain").path, path)
+    cases = read_tensors(path / GOLDEN)
+    cases["run.x"] = cases["run.x"] + np.float32(0.01)
+    write_tensors(path / GOLDEN, cases)
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = entry_of(path / GOLDEN)
+    manifest["files"][GOLDEN] = {"size": entry.size, "sha256": entry.sha256}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    done = cpp.run("diffx-sample", path, "--selftest", check=False)
+    assert done.returncode == 1
+    assert re.search(r"^FAILED run ", done.stdout, re.M)
+    assert "1 of 7 golden cases differ" in done.stderr
