@@ -40,6 +40,7 @@ GRAPHS = ("step", "step_plain", "denoiser", "sampler")
 DECODER_GRAPHS = ("decoder", "sampler_decoded")
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+HALF: tuple[Precision, ...] = ("fp16", "bf16")
 Tensors = dict[str, NDArray[Any]]
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
@@ -92,6 +93,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: str
     model: ModelSpec
     precision: Precision
+    keep_fp32: tuple[str, ...] = ()
+    """Layers of a half bundle that were kept fp32 beyond what ``diffexport.exporter.precision`` keeps in every model."""
     parameters: int
     max_batch: int
     defaults: Defaults

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
-from diffexport.bundle import Defaults, Measurement, Precision, Tensors
+from diffexport.bundle import HALF, Defaults, Measurement, Precision, Tensors
 from diffexport.parity import measure_run, measure_step
 from diffexport.plan import GUIDANCE, Plan, denoise_rows
 from diffexport.probes import (
@@ -228,5 +228,5 @@ def check_denoiser(graph: Path, spec: ModelSpec, comparison: Comparison, precisi
     labels = probe_labels(spec, [0] * len(levels))
     if labels is not None:
         feeds["label"] = labels
-    found = run_graph(graph, feeds)["denoised"]
+    found = run_graph(graph, feeds, rounded=precision in HALF)["denoised"]
     return measure_step("denoiser graph at every level", found, np.concatenate(comparison.denoised), precision)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from diffexport.bundle import Precision
+from diffexport.errors import ExportError
 from diffexport_cli.progress import progress_bar
 
 
@@ -17,6 +19,22 @@ def export(
     ],
     out: Annotated[
         Path | None, typer.Option(help="The bundle to write.", show_default="CKPT's name with .diffx")
+    ] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Short for --precision bf16.")] = False,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Of the network's tensors; statistics, softmax and the state stay fp32.", show_default="fp32"
+        ),
+    ] = None,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers of a half network that stay fp32, such as 'blocks.*.mlp'; auto searches the fewest where the "
+            "checks fail without. Repeatable.",
+            metavar="LAYER",
+        ),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch that is checked.", metavar="B")] = 16,
     sampler: Annotated[
@@ -51,6 +69,7 @@ def export(
     from diffexport_cli.checkpoint import read_checkpoint
     from diffexport_cli.output import print_json, size_of, worst_of
 
+    chosen = _precision(precision, {"fp16": fp16, "bf16": bf16})
     gc.disable()  # loading PyTorch and tracing make millions of objects that live to the end of this short process
     with progress_bar("reading the checkpoint") as progress:
         facts = dict(
@@ -66,6 +85,8 @@ def export(
             found.module,
             found.spec,
             out or Path(checkpoint.with_suffix(".diffx").name),
+            precision=chosen,
+            keep_fp32=keep_fp32 or (),
             max_batch=max_batch,
             defaults=Defaults(
                 sampler=sampler or default_sampler(found.spec),
@@ -87,9 +108,19 @@ def export(
     spec = bundle.spec
     labels = f"{spec.num_classes} labels" if spec.conditional else "no labels"
     shape = " x ".join(map(str, spec.shape))
-    print(f"{spec.family}, {bundle.manifest.parameters / 1e6:.2f} M parameters, samples {shape}, {labels}")
+    for layer in bundle.manifest.keep_fp32:
+        print(f"kept in fp32: {layer}")
+    print(f"{spec.family}, {bundle.manifest.parameters / 1e6:.2f} M parameters, samples {shape}, {labels}, {chosen}")
     passed = sum(m.passed for m in certificate.measurements)
     print(f"parity with PyTorch: {passed} of {len(certificate.measurements)} comparisons hold")
     print(f"  worst step:  {describe(worst_of(certificate.measurements, runs=False))}")
     print(f"  worst run:   {describe(worst_of(certificate.measurements, runs=True))}")
     print(f"wrote {bundle.path} ({size_of(bundle.path)})")
+
+
+def _precision(named: Precision | None, flags: dict[Precision, bool]) -> Precision:
+    """The one precision that was asked for, in whichever way; fp32 without."""
+    asked = [*([named] if named else []), *(name for name, given in flags.items() if given)]
+    if len(set(asked)) > 1:
+        raise ExportError(f"precision: got {' and '.join(dict.fromkeys(asked))}; give one")
+    return asked[0] if asked else "fp32"

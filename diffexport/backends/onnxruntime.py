@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,8 @@ from diffexport.machine import processor, usable_cores
 from diffexport.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import onnx
+
     from diffexport.bundle import Bundle
 
 PROVIDER = "CPUExecutionProvider"
@@ -25,22 +28,33 @@ _OPTIMIZED = "optimized.onnx"
 
 
 def open_session(bundle: Bundle, *, threads: int | None = None, cache: bool = True) -> OnnxRuntimeSession:
-    """Open a bundle on the CPU.
+    """Open a bundle on the CPU. bfloat16, for which a CPU's ONNX Runtime has no kernels, is computed rounded; see
+    ``diffexport.backends.rounding``.
 
     Args:
         threads: threads of one operator; every core that this process may use where not given.
         cache: keep optimized graphs in the cache; see ``diffexport.cache``.
     """
-    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads, digest=bundle.digest if cache else None)
+    rounded = bundle.manifest.precision == "bf16"
+    digest = bundle.digest if cache else None
+    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads, digest=digest, rounded=rounded)
 
 
-def load_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+def load_graph(path: Path, threads: int | None = None, *, rounded: bool = False) -> onnxruntime.InferenceSession:
     """An inference session of one graph, whose provider has been read back.
+
+    Args:
+        rounded: compute half precision in fp32 and round every value; see ``diffexport.backends.rounding``.
 
     Raises:
         BackendError: the graph cannot be loaded.
     """
-    return _create(path, _options(threads))
+    return _create(_rounded(path) if rounded else str(path), path, _options(threads))
+
+
+def load_model(model: onnx.ModelProto, path: Path) -> onnxruntime.InferenceSession:
+    """A session of a model in memory, whose weights lie in the folder of ``path``. Raises BackendError as above."""
+    return _create(model.SerializeToString(), path, _options(None))
 
 
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
@@ -50,9 +64,10 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def _create(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _create(source: str | bytes, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime's own exceptions share no base but this
         raise BackendError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
     if session.get_providers() != [PROVIDER]:
@@ -60,7 +75,22 @@ def _create(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infe
     return session
 
 
-def _load_optimized(path: Path, threads: int | None, key: str) -> onnxruntime.InferenceSession:
+def _rounded(path: Path) -> bytes:
+    """The graph of a file, rounding every half value, its weights left where they are."""
+    if importlib.util.find_spec("onnx") is None:
+        raise BackendError(
+            "backend 'ort': computing bfloat16 on a CPU needs the package onnx; pip install 'diffexport[export]', or take "
+            "--backend openvino"
+        )
+    import onnx
+
+    from diffexport.backends.rounding import rounded
+
+    model = rounded(onnx.load_model(path, load_external_data=False))
+    return bytes(model.SerializeToString())
+
+
+def _load_optimized(path: Path, threads: int | None, rounded: bool, key: str) -> onnxruntime.InferenceSession:
     """A session of the graph as ONNX Runtime optimized it, from the cache, with its weights packed for this processor.
 
     They are mapped into memory, so that they cost neither time to read nor memory of their own. Where the cache cannot be
@@ -72,11 +102,11 @@ def _load_optimized(path: Path, threads: int | None, key: str) -> onnxruntime.In
             return load_graph(entry / _OPTIMIZED, threads)
         except BackendError:
             pass  # a damaged entry is made anew
-    entry = put("ort", key, lambda work: _optimize(path, threads, work))
-    return load_graph(path if entry is None else entry / _OPTIMIZED, threads)
+    entry = put("ort", key, lambda work: _optimize(path, threads, rounded, work))
+    return load_graph(path, threads, rounded=rounded) if entry is None else load_graph(entry / _OPTIMIZED, threads)
 
 
-def _optimize(path: Path, threads: int | None, folder: Path) -> None:
+def _optimize(path: Path, threads: int | None, rounded: bool, folder: Path) -> None:
     """Write what ONNX Runtime makes of a graph."""
     options = _options(threads)
     options.optimized_model_filepath = str(folder / _OPTIMIZED)
@@ -86,7 +116,7 @@ def _optimize(path: Path, threads: int | None, folder: Path) -> None:
         "session.save_external_prepacked_constant_initializers": "1",
     }.items():
         options.add_session_config_entry(name, value)
-    _create(path, options)
+    _create(_rounded(path) if rounded else str(path), path, options)
 
 
 class OnnxRuntimeSession(HostSession):
@@ -98,11 +128,20 @@ class OnnxRuntimeSession(HostSession):
 
     backend = "ort"
 
-    def __init__(self, spec: ModelSpec, folder: Path, *, threads: int | None = None, digest: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        digest: str | None = None,
+        rounded: bool = False,
+    ) -> None:
         super().__init__(spec)
         self._folder = folder
         self._threads = threads
         self._digest = digest
+        self._rounded = rounded
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
     def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
@@ -126,16 +165,16 @@ class OnnxRuntimeSession(HostSession):
         if name not in self._sessions:
             path = self._folder / f"{name}.onnx"
             if self._digest is None:
-                self._sessions[name] = load_graph(path, self._threads)
+                self._sessions[name] = load_graph(path, self._threads, rounded=self._rounded)
             else:
                 key = key_of(self._digest, name, onnxruntime.__version__, processor())
-                self._sessions[name] = _load_optimized(path, self._threads, key)
+                self._sessions[name] = _load_optimized(path, self._threads, self._rounded, key)
         return self._sessions[name]
 
 
-def run_graph(path: Path, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def run_graph(path: Path, feeds: dict[str, NDArray[Any]], *, rounded: bool = False) -> dict[str, NDArray[Any]]:
     """Run a graph once on named arrays, without keeping anything: for checks, not for loops."""
-    session = load_graph(path)
+    session = load_graph(path, rounded=rounded)
     names = [node.name for node in session.get_outputs()]
     wanted = {node.name for node in session.get_inputs()}
     results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})

@@ -6,6 +6,7 @@ serves every graph of a bundle and no wrapper can change what was traced.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gc
 import logging
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     import onnx_ir
     import torch
 
-OPSET = 20
-"""Newest opset whose attention, written out, ONNX Runtime, OpenVINO and TensorRT all take in every precision."""
+OPSET = 22
+"""The oldest opset whose convolutions may be bfloat16; ONNX Runtime, OpenVINO and TensorRT all take it."""
 
 BATCH = "batch"
 LATENT_SIDES = ("height", "width")
+ROOTS = {"net": "network", "dec": "decoder"}
+"""The layer of what a network's own forward computes, outside any module of it. A decoder's layers lie below its root."""
 EXAMPLE_BATCH = 3
 """Not 1, which an exporter may take for a constant, nor 2, the factor of guidance."""
 
@@ -156,7 +159,11 @@ def _check_batch(model: onnx_ir.Model, what: str) -> None:
 
 
 def _clean(model: onnx_ir.Model, scope: str) -> None:
-    """Remove what describes the machine or the moment, and name what has no name of its own by its place."""
+    """Remove what describes the machine or the moment, and name what has no name of its own by its place.
+
+    A node is called SCOPE/LAYER/PLACE.OPERATOR, its layer being the PyTorch module that it came from; one that the exporter
+    put in belongs to the layer before it.
+    """
     import onnx_ir
 
     model.metadata_props.clear()
@@ -165,10 +172,12 @@ def _clean(model: onnx_ir.Model, scope: str) -> None:
     model.graph.doc_string = None
     named = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     weights = {id(value) for value in model.graph.initializers.values()}
+    layer = root = ROOTS[scope]
     for index, node in enumerate(onnx_ir.traversal.RecursiveGraphIterator(model.graph)):
+        layer = _layer(node, root) or layer
         node.metadata_props.clear()
         node.doc_string = None
-        node.name = f"{scope}.{index}.{node.op_type}"
+        node.name = f"{scope}/{layer}/{index}.{node.op_type}"
         for position, value in enumerate(node.outputs):
             value.metadata_props.clear()
             if id(value) not in named:
@@ -178,6 +187,15 @@ def _clean(model: onnx_ir.Model, scope: str) -> None:
         assert id(value) in weights
         assert value.name is not None
         _rename_initializer(model, value, f"{scope}.{_weight_name(value, position)}")
+
+
+def _layer(node: onnx_ir.Node, root: str) -> str | None:
+    """The module whose forward wrote a node, from what the exporter notes: every module around it, then the operator."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    if len(scopes) < 2 or scopes[0]:
+        return None
+    path = scopes[-2].replace("/", "_")
+    return ".".join(filter(None, (root, path))) if root == ROOTS["dec"] or not path else path
 
 
 def _weight_name(value: onnx_ir.Value, position: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import msgspec
 from diffexport.bundle import (
     CERTIFICATE,
     GOLDEN,
+    HALF,
     MANIFEST,
     PLANS,
     SCHEMA,
@@ -40,6 +42,11 @@ from diffexport.spec import DecoderSpec, ModelSpec
 if TYPE_CHECKING:
     import torch
 
+    from diffexport.exporter.compose import Traced
+
+AUTO = "auto"
+"""The word that asks for a search in place of a layer's pattern."""
+
 
 def export(
     module: torch.nn.Module,
@@ -48,6 +55,7 @@ def export(
     *,
     decoder: tuple[torch.nn.Module, DecoderSpec] | None = None,
     precision: Precision = "fp32",
+    keep_fp32: Iterable[str] = (),
     max_batch: int = 16,
     defaults: Defaults | None = None,
     plans: Iterable[str] = (),
@@ -63,7 +71,9 @@ def export(
         out: the folder to write; ``.diffx`` is its usual suffix.
         decoder: what makes images of the samples, where these are latents, and its spec; called as
             ``decoder(latents)`` with latents (N, C, h, w) of any sides.
-        precision: of the network's tensors.
+        precision: of the network's tensors; what else stays fp32 is told in ``diffexport.exporter.precision``.
+        keep_fp32: of a half network, patterns of layers that stay fp32, such as ``blocks.*.mlp``; "auto" searches the
+            fewest where the checks fail without.
         max_batch: the largest batch to check, and to plan engines for.
         defaults: sampler, steps, guidance and batch of a run that does not say; see ``default_sampler``.
         plans: more ready-made plans, each ``NAME:STEPS``.
@@ -78,13 +88,10 @@ def export(
         ExportError: the module cannot be traced or the bundle cannot be written.
         ParityError: the bundle differs from the module by more than its precision allows.
     """
-    from diffexport.exporter.graphs import decoder_graph, denoiser_graph, step_graph
-    from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
-    from diffexport.exporter.trace import trace_decoder, trace_network
-    from diffexport.exporter.weights import write_weights
+    from diffexport.exporter.compose import write_graphs
 
-    if precision != "fp32":
-        raise ExportError(f"precision {precision!r}: this version writes fp32 bundles only")
+    if precision == "int8":
+        raise ExportError("precision 'int8': this version writes fp32, fp16 and bf16 bundles")
     if max_batch < 1:
         raise ExportError(f"max_batch {max_batch}: expected at least 1")
     report = progress or (lambda _what, _part: None)
@@ -98,35 +105,38 @@ def export(
     if decoder is not None and len(spec.shape) != 3:
         raise ExportError(f"decoder: the samples have shape {spec.shape}, expected latents (C, h, w)")
 
-    report("tracing the network", 0.0)
-    model = trace_network(module, spec)
-    decoder_model = trace_decoder(*decoder, spec.shape[0]) if decoder is not None else None
+    def traced() -> Traced:
+        report("tracing the network", 0.0)
+        return _trace(module, spec, decoder)
+
+    graphs: list[str] = []
+    keep, auto = tuple(pattern for pattern in keep_fp32 if pattern != AUTO), AUTO in keep_fp32
     try:
         with replacing_folder(out) as work:
-            report("writing weights and graphs", 0.35)
-            network = write_weights(model, work / WEIGHTS)
-            del model
-            graphs = {
-                "step": step_graph(network, spec, guided=True),
-                "step_plain": step_graph(network, spec, guided=False),
-                "denoiser": denoiser_graph(network, spec),
-                "sampler": sampler_graph(network, spec),
-            }
-            if decoder is not None and decoder_model is not None:
-                decoding = write_weights(decoder_model, work / WEIGHTS)
-                graphs["decoder"] = decoder_graph(decoding, decoder[1], spec.shape[0])
-                graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoding, decoder[1])
-            for name, graph in graphs.items():
-                (work / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
-            listed = (WEIGHTS, *(f"{name}.onnx" for name in graphs), PLANS, GOLDEN)
-            del graphs, network, decoder_model
+
+            def attempt(trace: Callable[[], Traced], layers: Sequence[str]) -> Certificate:
+                graphs[:] = write_graphs(trace(), work, precision, layers)
+                return _certify(module, spec, decoder, work, precision, max_batch, defaults, thorough, report)
+
+            certificate = attempt(traced, keep)
+            advice = ""
+            if not certificate.passed and precision in HALF and (auto or not allow_mismatch):
+                with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}-") as folder:
+                    spilled = traced().spilled(Path(folder))
+                    if auto:
+                        keep, certificate = _with_islands(spilled, precision, keep, certificate, attempt, report)
+                    else:
+                        advice = _advice(spilled, precision)
+            if not certificate.passed and not allow_mismatch:
+                _refuse(certificate, advice)
             write_tensors(work / PLANS, ready)
-            certificate = _certify(module, spec, decoder, work, precision, max_batch, defaults, thorough, report)
+            listed = (WEIGHTS, *(f"{name}.onnx" for name in graphs), PLANS, GOLDEN)
             manifest = Manifest(
                 schema=SCHEMA,
                 name=out.name.removesuffix(SUFFIX),
                 model=spec,
                 precision=precision,
+                keep_fp32=keep,
                 parameters=parameters_of(module),
                 max_batch=max_batch,
                 defaults=defaults,
@@ -140,12 +150,48 @@ def export(
             write_json(work / MANIFEST, manifest)
             certificate = msgspec.structs.replace(certificate, manifest_sha256=sha256_of(work / MANIFEST))
             write_json(work / CERTIFICATE, certificate)
-            if not certificate.passed and not allow_mismatch:
-                _refuse(certificate)
     except OSError as error:
         raise ExportError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
     report("done", 1.0)
     return Bundle.open(out)
+
+
+def _trace(module: torch.nn.Module, spec: ModelSpec, decoder: tuple[torch.nn.Module, DecoderSpec] | None) -> Traced:
+    from diffexport.exporter.compose import Traced
+    from diffexport.exporter.trace import trace_decoder, trace_network
+
+    network = trace_network(module, spec)
+    return Traced(network, spec, (trace_decoder(*decoder, spec.shape[0]), decoder[1]) if decoder is not None else None)
+
+
+def _with_islands(
+    spilled: Traced,
+    precision: Precision,
+    keep: tuple[str, ...],
+    failed: Certificate,
+    attempt: Callable[[Callable[[], Traced], Sequence[str]], Certificate],
+    report: Progress,
+) -> tuple[tuple[str, ...], Certificate]:
+    """The layers to keep fp32, the fewest more that are enough, and the certificate of the graphs last written."""
+    from diffexport.exporter.islands import fewest_islands
+
+    certificate = failed
+
+    def holds(more: Sequence[str]) -> bool:
+        nonlocal certificate
+        certificate = attempt(spilled.clone, (*keep, *more))
+        return certificate.passed
+
+    more = fewest_islands(spilled, precision, holds, lambda what, part: report(what, 0.4 + 0.5 * part))
+    return (*keep, *more), certificate
+
+
+def _advice(spilled: Traced, precision: Precision) -> str:
+    """What to try where a half bundle fails its checks, naming the layer that leaves float16."""
+    from diffexport.exporter.islands import Investigation
+
+    found = Investigation(spilled).overflows() if precision == "fp16" else []
+    return "".join(f"; {first}" for first in found[:1]) + f"; --keep-fp32 {AUTO} finds the layers that must stay fp32"
 
 
 def _entry_of_decoder(module: torch.nn.Module, spec: DecoderSpec) -> Decoder:
@@ -163,11 +209,11 @@ def _certify(
     thorough: bool | None,
     report: Progress,
 ) -> Certificate:
-    """Compare the graphs just written with the module, and record the golden cases."""
+    """Compare the graphs just written with the module, every half value rounded, and record the golden cases."""
     from diffexport.backends.onnxruntime import OnnxRuntimeSession
     from diffexport.backends.torch import TorchSession
 
-    reference, candidate = TorchSession(module, spec, decoder), OnnxRuntimeSession(spec, work)
+    reference, candidate = TorchSession(module, spec, decoder), OnnxRuntimeSession(spec, work, rounded=precision in HALF)
     scope = scope_of(parameters_of(module), defaults.batch, max_batch, thorough)
     comparison = compare(
         reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.4 + 0.5 * part)
@@ -190,11 +236,11 @@ def _certify(
     )
 
 
-def _refuse(certificate: Certificate) -> None:
+def _refuse(certificate: Certificate, advice: str) -> None:
     try:
         check(certificate.measurements)
     except ParityError as error:
-        raise ParityError(f"{error}. No bundle was written; --allow-mismatch writes it all the same, marked") from None
+        raise ParityError(f"{error}{advice}. No bundle was written; --allow-mismatch writes it all the same, marked") from None
 
 
 def parameters_of(module: torch.nn.Module) -> int:

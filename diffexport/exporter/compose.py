@@ -1,0 +1,82 @@
+"""Every graph of a bundle around the traced networks, in a precision, and their weights in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffexport.bundle import HALF, WEIGHTS, Precision
+from diffexport.exporter.graphs import decoder_graph, denoiser_graph, step_graph
+from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
+from diffexport.exporter.precision import check_patterns, layers_of, lower
+from diffexport.exporter.weights import write_weights
+from diffexport.spec import DecoderSpec, ModelSpec
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What was traced, every tensor fp32: the network and, where there is one, the decoder."""
+
+    network: onnx_ir.Model
+    spec: ModelSpec
+    decoder: tuple[onnx_ir.Model, DecoderSpec] | None = None
+
+    def clone(self) -> Traced:
+        """The same in other objects, the weights shared."""
+        decoder = (self.decoder[0].clone(), self.decoder[1]) if self.decoder is not None else None
+        return Traced(self.network.clone(), self.spec, decoder)
+
+    def spilled(self, folder: Path) -> Traced:
+        """The same with its weights in a file of a folder, from which they are mapped; this one is used up."""
+        write_weights(self.network, folder / WEIGHTS)
+        if self.decoder is not None:
+            write_weights(self.decoder[0], folder / WEIGHTS)
+        return self
+
+    @property
+    def layers(self) -> list[str]:
+        """Every layer, in the order they run."""
+        return layers_of(self.network) + (layers_of(self.decoder[0]) if self.decoder is not None else [])
+
+
+def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Sequence[str] = ()) -> list[str]:
+    """Write the weights and graphs into a folder. What was traced is used up, so that its weights are never held twice.
+
+    Args:
+        keep: patterns of layers that stay fp32; see ``diffexport.exporter.precision.lower``.
+
+    Returns:
+        The names of the graphs.
+
+    Raises:
+        ExportError: a pattern names no layer, or the network cannot be half.
+    """
+    check_patterns(keep, traced.layers)
+    folder.joinpath(WEIGHTS).unlink(missing_ok=True)
+
+    def written(model: onnx_ir.Model) -> onnx.GraphProto:
+        if precision in HALF:
+            lower(model, precision, keep)
+        return write_weights(model, folder / WEIGHTS)
+
+    spec, network = traced.spec, written(traced.network)
+    graphs = {
+        "step": step_graph(network, spec, guided=True),
+        "step_plain": step_graph(network, spec, guided=False),
+        "denoiser": denoiser_graph(network, spec),
+        "sampler": sampler_graph(network, spec),
+    }
+    if traced.decoder is not None:
+        model, decoder_spec = traced.decoder
+        decoder = written(model)
+        graphs["decoder"] = decoder_graph(decoder, decoder_spec, spec.shape[0])
+        graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoder, decoder_spec)
+    for name, graph in graphs.items():
+        (folder / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+    return list(graphs)

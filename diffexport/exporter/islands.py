@@ -1,0 +1,176 @@
+"""Islands: the layers of a half network that have to stay fp32, found by measuring.
+
+Two things go wrong in half precision. A value lies beyond its range: float16 ends at 65504. Or rounding in some layer costs
+more than its share of the limit. The first is read off the values of the fp32 network; the second off the network with only
+that layer half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffexport.bundle import Precision, Tensors
+from diffexport.exporter.precision import FP16_MAX, MOVES, layer_of, layers_of, lower
+from diffexport.exporter.trace import ROOTS
+from diffexport.parity import relative_l2
+from diffexport.plan import COLUMNS, denoise_rows
+from diffexport.probes import probe_labels, probe_levels, probe_state
+from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from diffexport.exporter.compose import Traced
+
+SAMPLES = 2
+"""Of each probe; a conditional network also sees them without their labels."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A value of a layer beyond float16: the largest one, at the noise level where it was seen."""
+
+    layer: str
+    largest: float
+    sigma: float
+
+    def __str__(self) -> str:
+        return f"{self.layer} reaches {self.largest:.3g} at sigma {self.sigma:.4g}, beyond float16's {FP16_MAX:g}"
+
+
+class Investigation:
+    """A traced fp32 network, its weights in a file, to be looked at from inside."""
+
+    def __init__(self, spilled: Traced) -> None:
+        self.model = spilled.network
+        self.levels = [float(sigma) for sigma in probe_levels(spilled.spec)]
+        self.feeds = [_feeds(spilled.spec, sigma, draw) for draw, sigma in enumerate(self.levels)]
+
+    def overflows(self) -> list[Overflow]:
+        """What lies beyond float16, one entry a layer that gives or reads such a value, in the order that they run."""
+        largest: dict[str, Overflow] = {}
+        names, peaks = self._with_peaks()
+        for sigma, feeds in zip(self.levels, self.feeds, strict=True):
+            values = dict(zip(names, _run(peaks, feeds), strict=True))
+            for node in self.model.graph:
+                near = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+                peak = max((float(values[name]) for name in near if name in values), default=0.0)
+                layer = layer_of(node)
+                beyond = node.op_type not in MOVES and not peak <= FP16_MAX
+                if beyond and (layer not in largest or peak > largest[layer].largest):
+                    largest[layer] = Overflow(layer, peak, sigma)
+        return list(largest.values())
+
+    def sensitivities(self, precision: Precision, progress: Progress) -> list[tuple[str, float]]:
+        """Relative L2 of the network's output with one layer half, the worst of the levels; the largest first."""
+        layers = layers_of(self.model)
+        expected = [_run(self.model.clone(), feeds)[0] for feeds in self.feeds]
+        found = []
+        for index, layer in enumerate(layers):
+            progress(f"half precision of {layer} alone", index / len(layers))
+            alone = self.model.clone()
+            lower(alone, precision, only=layer)
+            run = _session(alone)
+            errors = [relative_l2(run(feeds)[0], right) for feeds, right in zip(self.feeds, expected, strict=True)]
+            found.append((layer, float(np.max(errors)) if np.isfinite(errors).all() else np.inf))
+        return sorted(found, key=lambda entry: -entry[1])
+
+    def _with_peaks(self) -> tuple[list[str], onnx_ir.Model]:
+        """The network with the largest absolute value of every fp32 value as its outputs, and the names of the values."""
+        import onnx_ir as ir
+
+        model = self.model.clone()
+        names, peaks = [], []
+        for node in list(model.graph):
+            for value in node.outputs:
+                if value.dtype != ir.DataType.FLOAT or node.op_type in MOVES or not value.name:
+                    continue
+                absolute = ir.node("Abs", [value], name=f"net/peaks/{value.name}.abs")
+                peak = ir.node("ReduceMax", [absolute.outputs[0]], {"keepdims": 0}, name=f"net/peaks/{value.name}.max")
+                absolute.outputs[0].name, peak.outputs[0].name = f"{value.name}.abs", f"{value.name}.peak"
+                peak.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+                peak.outputs[0].shape = ir.Shape([])
+                model.graph.extend([absolute, peak])
+                names.append(value.name)
+                peaks.append(peak.outputs[0])
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(peaks)
+        return names, model
+
+
+def fewest_islands(
+    spilled: Traced, precision: Precision, holds: Callable[[Sequence[str]], bool], progress: Progress
+) -> tuple[str, ...]:
+    """The layers to keep fp32 so that the limits hold; where they hold with none of these, the ones tried last.
+
+    A decoder that fails by itself is kept whole. Layers that overflow come next. Then those whose rounding alone costs most,
+    as many as are needed, found by bisection.
+
+    Args:
+        holds: whether a bundle with these layers kept passes its checks; the last call is made with what is returned.
+    """
+    investigation = Investigation(spilled)
+    needed: tuple[str, ...] = ()
+    if spilled.decoder is not None:
+        needed = (ROOTS["dec"],)
+        if holds(needed):
+            return needed
+    if precision == "fp16":
+        overflowing = tuple(found.layer for found in investigation.overflows())
+        if overflowing and holds((*needed, *overflowing)):
+            return (*needed, *overflowing)
+        needed = (*needed, *overflowing)
+    ranked = [layer for layer, _ in investigation.sensitivities(precision, progress) if layer not in needed]
+    low, high = 1, len(ranked)  # fewer than `low` layers more are too few; `high` are enough, if all of them are
+    tried: int | None = None
+    while low < high:
+        tried = (low + high) // 2
+        progress(f"keeping {len(needed) + tried} layers in fp32", tried / len(ranked))
+        if holds((*needed, *ranked[:tried])):
+            high = tried
+        else:
+            low = tried + 1
+    chosen = (*needed, *ranked[:high])
+    if tried != high:
+        holds(chosen)
+    return chosen
+
+
+def _feeds(spec: ModelSpec, sigma: float, draw: int) -> Tensors:
+    """The network's inputs at a noise level, with labels and without."""
+    start = probe_state(spec, sigma, draw, range(SAMPLES))
+    row = dict(zip(COLUMNS, denoise_rows(spec, [sigma])[0].astype(np.float32), strict=True))
+    x = row["c_in"] * start.x
+    labels = probe_labels(spec, range(SAMPLES))
+    feeds: Tensors = {"net.x": x}
+    if labels is not None:
+        feeds = {
+            "net.x": np.concatenate([x, x]),
+            "net.label": np.concatenate([labels, np.full(SAMPLES, spec.null_label, np.int64)]),
+        }
+    feeds["net.c_noise"] = np.full(len(feeds["net.x"]), row["c_noise"], np.float32)
+    return feeds
+
+
+def _session(model: onnx_ir.Model) -> Callable[[Tensors], list[Any]]:
+    """A network to run, rounding what is half; its weights lie where its first external tensor says."""
+    import onnx_ir as ir
+
+    from diffexport.backends.onnxruntime import load_model
+    from diffexport.backends.rounding import rounded
+
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    places = [tensor.base_dir for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    session = load_model(rounded(ir.to_proto(model)), Path(places[0] if places else ".") / "network")
+    return lambda feeds: list(session.run(None, feeds))
+
+
+def _run(model: onnx_ir.Model, feeds: Tensors) -> list[Any]:
+    return _session(model)(feeds)
