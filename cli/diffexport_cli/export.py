@@ -120,7 +120,9 @@ def export(
 
 def _precision(named: Precision | None, flags: dict[Precision, bool]) -> Precision:
     """The one precision that was asked for, in whichever way; fp32 without."""
-    asked = [*([named] if named else []), *(name for name, given in flags.items() if given)]
+    asked: list[Precision] = [name for name, given in flags.items() if given]
+    if named is not None:
+        asked.append(named)
     if len(set(asked)) > 1:
         raise ExportError(f"precision: got {' and '.join(dict.fromkeys(asked))}; give one")
     return asked[0] if asked else "fp32"

@@ -110,23 +110,30 @@ def fewest_islands(
 ) -> tuple[str, ...]:
     """The layers to keep fp32 so that the limits hold; where they hold with none of these, the ones tried last.
 
-    A decoder that fails by itself is kept whole. Layers that overflow come next. Then those whose rounding alone costs most,
-    as many as are needed, found by bisection.
+    A decoder is kept whole or not at all. Layers that overflow come next; then those whose rounding alone costs most, as
+    many as are needed, found by bisection.
 
     Args:
         holds: whether a bundle with these layers kept passes its checks; the last call is made with what is returned.
     """
-    investigation = Investigation(spilled)
+    decoder = (ROOTS["dec"],) if spilled.decoder is not None else ()
+    if decoder and holds(decoder):
+        return decoder
+    chosen = _islands_of_network(Investigation(spilled), precision, lambda more: holds((*decoder, *more)), progress)
+    if not decoder or holds(chosen):
+        return chosen
+    holds((*decoder, *chosen))
+    return (*decoder, *chosen)
+
+
+def _islands_of_network(
+    investigation: Investigation, precision: Precision, holds: Callable[[Sequence[str]], bool], progress: Progress
+) -> tuple[str, ...]:
     needed: tuple[str, ...] = ()
-    if spilled.decoder is not None:
-        needed = (ROOTS["dec"],)
-        if holds(needed):
-            return needed
     if precision == "fp16":
-        overflowing = tuple(found.layer for found in investigation.overflows())
-        if overflowing and holds((*needed, *overflowing)):
-            return (*needed, *overflowing)
-        needed = (*needed, *overflowing)
+        needed = tuple(found.layer for found in investigation.overflows())
+        if needed and holds(needed):
+            return needed
     ranked = [layer for layer, _ in investigation.sensitivities(precision, progress) if layer not in needed]
     low, high = 1, len(ranked)  # fewer than `low` layers more are too few; `high` are enough, if all of them are
     tried: int | None = None

@@ -95,9 +95,7 @@ def layers_of(model: onnx_ir.Model) -> list[str]:
     return list(dict.fromkeys(layer_of(node) for node in model.graph if node.op_type not in MOVES))
 
 
-def lower(
-    model: onnx_ir.Model, precision: Precision, keep: Sequence[str] = (), *, only: str | None = None
-) -> None:
+def lower(model: onnx_ir.Model, precision: Precision, keep: Sequence[str] = (), *, only: str | None = None) -> None:
     """Make a traced network half, in place. See the module for the policy.
 
     Args:
@@ -209,9 +207,7 @@ class _Lowering:
             )
             self.graph.register_initializer(copy)
         else:
-            cast = ir.node(
-                "Cast", [value], attributes={"to": kind.value}, name=f"{_scope(node)}/{value.name}.{suffix}"
-            )
+            cast = ir.node("Cast", [value], attributes={"to": kind.value}, name=f"{_scope(node)}/{value.name}.{suffix}")
             copy = cast.outputs[0]
             copy.name, copy.shape, copy.dtype = f"{value.name}.{suffix}", value.shape, kind
             producer = value.producer()

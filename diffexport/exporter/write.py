@@ -213,7 +213,10 @@ def _certify(
     from diffexport.backends.onnxruntime import OnnxRuntimeSession
     from diffexport.backends.torch import TorchSession
 
-    reference, candidate = TorchSession(module, spec, decoder), OnnxRuntimeSession(spec, work, rounded=precision in HALF)
+    reference, candidate = (
+        TorchSession(module, spec, decoder),
+        OnnxRuntimeSession(spec, work, rounded=precision in HALF),
+    )
     scope = scope_of(parameters_of(module), defaults.batch, max_batch, thorough)
     comparison = compare(
         reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.4 + 0.5 * part)
@@ -240,7 +243,9 @@ def _refuse(certificate: Certificate, advice: str) -> None:
     try:
         check(certificate.measurements)
     except ParityError as error:
-        raise ParityError(f"{error}{advice}. No bundle was written; --allow-mismatch writes it all the same, marked") from None
+        raise ParityError(
+            f"{error}{advice}. No bundle was written; --allow-mismatch writes it all the same, marked"
+        ) from None
 
 
 def parameters_of(module: torch.nn.Module) -> int:
