@@ -6,6 +6,7 @@ same rows to the same noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
 from diffexport.bundle import HALF, Defaults, Measurement, Precision, Tensors
-from diffexport.parity import measure_run, measure_step
+from diffexport.parity import amplification, measure_run, measure_step
 from diffexport.plan import GUIDANCE, Plan, denoise_rows
 from diffexport.probes import (
     LEVELS,
@@ -97,7 +98,17 @@ class _Job:
     kind: str
     batches: tuple[int, ...]
     run: Callable[[Session, list[int]], tuple[Array, ...]]
-    evaluations: int = 1
+    rows: Array
+    """The rows that it runs, (n, 13)."""
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.rows)
+
+    def measure(self, name: str, part: int, found: Array, expected: Array, precision: Precision) -> Measurement:
+        if self.kind == "run":
+            return measure_run(name, found, expected, precision)
+        return measure_step(name, found, expected, precision, sum(amplification(row)[part] for row in self.rows))
 
 
 def compare(
@@ -127,12 +138,11 @@ def compare(
             result.denoised.append(expected[0][:1])
         if job.kind == "run":
             result.final = expected[0]
-        measure = measure_run if job.kind == "run" else measure_step
         for batch in job.batches:
             samples = scope.samples(batch)
             for part, (a, b) in enumerate(zip(job.run(candidate, samples), expected, strict=True)):
                 name = job.name + (", history" if part else "")
-                result.measurements.append(measure(name, a, b[samples], precision))
+                result.measurements.append(job.measure(name, part, a, b[samples], precision))
     return result
 
 
@@ -145,19 +155,20 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
                 continue
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
             name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.guidable else "")
-            yield _Job(name, kind, batches, _denoising(spec, row, sigma, k))
+            yield _Job(name, kind, batches, _denoising(spec, row, sigma, k), row[None])
     middle, small = float(levels[LEVELS // 2]), scope.batches[:1]
-    yield _Job(
-        f"full update at sigma {middle:.4g}", "update", small, _updating(spec, mixing_row(spec, middle, w), middle)
-    )
+    mixing = mixing_row(spec, middle, w)
+    update = _updating(spec, mixing, middle)
+    yield _Job(f"full update at sigma {middle:.4g}", "update", small, update, mixing[None])
     rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in ((1, w), (2, 1.0))])
-    yield _Job("two rows in one call", "loop", small, _looping(spec, rows, float(levels[1])), len(rows))
+    yield _Job("two rows in one call", "loop", small, _looping(spec, rows, float(levels[1])), rows)
 
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
         return (run_plan(session, spec, plan, len(samples)),)
 
+    rows = plan.rows.astype(np.float32)
     guided = f", guidance {plan.rows[0, GUIDANCE]:g}" if spec.guidable else ""
-    yield _Job(f"{defaults.sampler}, {defaults.steps} steps{guided}", "run", scope.batches_of_runs, whole, len(plan))
+    yield _Job(f"{defaults.sampler}, {defaults.steps} steps{guided}", "run", scope.batches_of_runs, whole, rows)
 
 
 def _denoising(spec: ModelSpec, row: Array, sigma: float, draw: int) -> Callable[[Session, list[int]], tuple[Array]]:
@@ -229,4 +240,6 @@ def check_denoiser(graph: Path, spec: ModelSpec, comparison: Comparison, precisi
     if labels is not None:
         feeds["label"] = labels
     found = run_graph(graph, feeds, rounded=precision in HALF)["denoised"]
-    return measure_step("denoiser graph at every level", found, np.concatenate(comparison.denoised), precision)
+    amplified = math.hypot(*(amplification(row)[0] for row in denoise_rows(spec, levels))) / math.sqrt(len(levels))
+    expected = np.concatenate(comparison.denoised)
+    return measure_step("denoiser graph at every level", found, expected, precision, amplified)

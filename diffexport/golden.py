@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
 from diffexport.bundle import Measurement, Precision, Tensors
-from diffexport.parity import measure_run, measure_step
+from diffexport.parity import amplification, measure_run, measure_step
 from diffexport.plan import COLUMNS, Plan
 from diffexport.probes import (
     mixing_row,
@@ -75,8 +75,9 @@ def check_golden(session: Session, spec: ModelSpec, cases: Tensors, precision: P
         }
         session.begin(case["x"], case.get("label"), case["h"])
         session.step(case["row"], case["z"])
-        for name, found in zip(("x_next", "h_next"), session.state(), strict=True):
-            results.append(measure_step(f"golden step {k}, {name}", found, case[name], precision))
+        parts = zip(("x_next", "h_next"), session.state(), amplification(case["row"]), strict=True)
+        for name, found, amplified in parts:
+            results.append(measure_step(f"golden step {k}, {name}", found, case[name], precision, amplified))
     rows, x = cases["run.rows"].astype(np.float64), cases["run.x"]
     plan = Plan(rows, float(cases["run.x_scale"][0]), rows[:, COLUMNS.index("c_noise")])
     found = run_plan(session, spec, plan, len(x))

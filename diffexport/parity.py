@@ -1,6 +1,11 @@
 """Parity: how results are measured against PyTorch's, and the limits that each precision is held to.
 
 Errors are relative L2, ||found - expected|| / ||expected||, and the largest absolute difference.
+
+Below fp32 a network's output G carries an error relative to itself, and a step multiplies it: D = c_skip*x + c_out*G, with
+c_out as large as sigma for a network that predicts eps. At large sigma D is then a small difference of two large terms,
+which the sampler damps again by 1 - n/s. There a step's error is taken relative to what an output of unit RMS puts into the
+result, where that is larger than the result itself; see ``amplification``.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from numpy.typing import NDArray
 
 from diffexport.bundle import Measurement, Precision
 from diffexport.errors import ParityError
+from diffexport.plan import COLUMNS
 
 Array = NDArray[np.float32]
 
@@ -46,9 +52,9 @@ def coarsest(*precisions: Precision) -> Precision:
     return max(precisions, key=lambda precision: LIMITS[precision].step)
 
 
-def relative_l2(found: Array, expected: Array) -> float:
-    """||found - expected|| / ||expected||, NaN where anything is not finite."""
-    scale = float(np.linalg.norm(expected.astype(np.float64)))
+def relative_l2(found: Array, expected: Array, at_least: float = 0.0) -> float:
+    """||found - expected|| / ||expected||, NaN where anything is not finite; the divisor is ``at_least`` this."""
+    scale = max(float(np.linalg.norm(expected.astype(np.float64))), at_least)
     error = float(np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64)))
     return error / scale if scale else error
 
@@ -62,10 +68,22 @@ def psnr(found: Array, expected: Array) -> float:
     return math.inf if mse == 0 else 10 * math.log10(peak * peak / mse) if peak else -math.inf
 
 
-def measure_step(check: str, found: Array, expected: Array, precision: Precision) -> Measurement:
-    """One step's result beside PyTorch's."""
+def amplification(row: Array) -> tuple[float, float]:
+    """What a row multiplies the network's output by on its way into x' and h'."""
+    r = dict(zip(COLUMNS, map(float, row), strict=True))
+    return abs(r["x_d"] * r["c_out"]), abs(r["h_d"] * r["c_out"])
+
+
+def measure_step(
+    check: str, found: Array, expected: Array, precision: Precision, amplified: float = 0.0
+) -> Measurement:
+    """One step's result beside PyTorch's.
+
+    Args:
+        amplified: what the network's output is multiplied by in it; counts below fp32 only.
+    """
     limit = LIMITS[precision].step
-    error = relative_l2(found, expected)
+    error = relative_l2(found, expected, 0.0 if precision == "fp32" else amplified * math.sqrt(expected.size))
     return Measurement(
         check=check,
         batch=len(expected),

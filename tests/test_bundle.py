@@ -209,10 +209,9 @@ def test_what_is_not_a_bundle_is_said(tmp_path):
 
 def test_a_failed_check_writes_no_bundle_and_says_how_far(toy, tmp_path, monkeypatch):
     """A fault planted in the graphs: one weight that differs from the module's."""
-    from diffexport.exporter import weights as weights_module
-    from diffexport.exporter import write
+    from diffexport.exporter import compose, write
 
-    honest = weights_module.write_weights
+    honest = compose.write_weights
 
     def corrupt(model, path):
         network = honest(model, path)
@@ -221,7 +220,7 @@ def test_a_failed_check_writes_no_bundle_and_says_how_far(toy, tmp_path, monkeyp
         values.tofile(path)
         return network
 
-    monkeypatch.setattr(weights_module, "write_weights", corrupt)
+    monkeypatch.setattr(compose, "write_weights", corrupt)
     out = tmp_path / "bad.diffx"
     with pytest.raises(
         ParityError, match=r"parity checks failed; the worst is .* at sigma .* relative L2 .*limit"
