@@ -6,7 +6,6 @@ same rows to the same noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
-from diffexport.bundle import HALF, Defaults, Measurement, Precision, Tensors
-from diffexport.parity import amplification, measure_run, measure_step
+from diffexport.bundle import HALF, Defaults, Measurement, Precision
+from diffexport.parity import amplification, measure_run, measure_step, typical_amplification
 from diffexport.plan import GUIDANCE, Plan, denoise_rows
 from diffexport.probes import (
     LEVELS,
     default_plan,
     mixing_row,
+    probe_denoiser,
     probe_guidance,
-    probe_labels,
     probe_levels,
+    probe_loop,
     probe_state,
     run_plan,
 )
@@ -160,8 +160,7 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     mixing = mixing_row(spec, middle, w)
     update = _updating(spec, mixing, middle)
     yield _Job(f"full update at sigma {middle:.4g}", "update", small, update, mixing[None])
-    rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in ((1, w), (2, 1.0))])
-    yield _Job("two rows in one call", "loop", small, _looping(spec, rows, float(levels[1])), rows)
+    yield _Job("two rows in one call", "loop", small, _looping(spec), probe_loop(spec, [0]).rows)
 
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
         return (run_plan(session, spec, plan, len(samples)),)
@@ -195,13 +194,12 @@ def _updating(spec: ModelSpec, row: Array, sigma: float) -> Callable[[Session, l
     return run
 
 
-def _looping(spec: ModelSpec, rows: Array, sigma: float) -> Callable[[Session, list[int]], tuple[Array]]:
+def _looping(spec: ModelSpec) -> Callable[[Session, list[int]], tuple[Array]]:
     """Some rows by the loop inside the graph."""
 
     def run(session: Session, samples: list[int]) -> tuple[Array]:
-        start = probe_state(spec, sigma, LEVELS + 1, samples)
-        noise = np.stack([start.z] * len(rows))
-        return (session.run(start.x, start.label, rows, noise),)
+        start = probe_loop(spec, samples)
+        return (session.run(start.x, start.label, start.rows, start.noise),)
 
     return run
 
@@ -229,17 +227,7 @@ def check_denoiser(graph: Path, spec: ModelSpec, comparison: Comparison, precisi
     """The denoiser graph on one batch whose samples have all noise levels, beside PyTorch's D of each."""
     from diffexport.backends.onnxruntime import run_graph
 
-    levels = probe_levels(spec)
-    x = np.concatenate([probe_state(spec, float(sigma), k, [0]).x for k, sigma in enumerate(levels)])
-    feeds: Tensors = {
-        "x": x,
-        "sigma": levels.astype(np.float32),
-        "guidance": np.full(len(levels), probe_guidance(spec), np.float32),
-    }
-    labels = probe_labels(spec, [0] * len(levels))
-    if labels is not None:
-        feeds["label"] = labels
-    found = run_graph(graph, feeds, rounded=precision in HALF)["denoised"]
-    amplified = math.hypot(*(amplification(row)[0] for row in denoise_rows(spec, levels))) / math.sqrt(len(levels))
+    found = run_graph(graph, probe_denoiser(spec), rounded=precision in HALF)["denoised"]
+    amplified = typical_amplification(denoise_rows(spec, probe_levels(spec)))
     expected = np.concatenate(comparison.denoised)
     return measure_step("denoiser graph at every level", found, expected, precision, amplified)

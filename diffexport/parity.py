@@ -74,6 +74,11 @@ def amplification(row: Array) -> tuple[float, float]:
     return abs(r["x_d"] * r["c_out"]), abs(r["h_d"] * r["c_out"])
 
 
+def typical_amplification(rows: NDArray[np.float64]) -> float:
+    """Root mean square over rows that go to different samples of a batch, each returning x'."""
+    return math.sqrt(sum(amplification(row)[0] ** 2 for row in rows) / len(rows))
+
+
 def measure_step(
     check: str, found: Array, expected: Array, precision: Precision, amplified: float = 0.0
 ) -> Measurement:
@@ -110,6 +115,14 @@ def measure_run(check: str, found: Array, expected: Array, precision: Precision)
         psnr=decibel if math.isfinite(decibel) else None,
         passed=decibel >= limit if held_by_psnr else error <= limit,
     )
+
+
+def holds(m: Measurement, precision: Precision) -> bool:
+    """Whether a measurement that was kept is within its precision's limits, whatever it says of itself."""
+    limits = LIMITS[precision]
+    if m.limit == limits.psnr:
+        return m.psnr is None or m.psnr >= m.limit
+    return m.limit in (limits.step, limits.trajectory) and m.relative_l2 <= m.limit
 
 
 def _max_abs(found: Array, expected: Array) -> float:

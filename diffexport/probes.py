@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,38 @@ def mixing_row(spec: ModelSpec, sigma: float, w: float) -> Array:
     for name, value in mixing.items():
         row[COLUMNS.index(name)] = value
     return np.asarray(row, np.float32)
+
+
+def probe_denoiser(spec: ModelSpec) -> dict[str, NDArray[Any]]:
+    """Inputs of the denoiser graph: one batch of sample 0 at every level, with guidance."""
+    levels = probe_levels(spec)
+    x = np.concatenate([probe_state(spec, float(sigma), k, [0]).x for k, sigma in enumerate(levels)])
+    feeds: dict[str, NDArray[Any]] = {
+        "x": x,
+        "sigma": levels.astype(np.float32),
+        "guidance": np.full(len(levels), probe_guidance(spec), np.float32),
+    }
+    labels = probe_labels(spec, [0] * len(levels))
+    return feeds if labels is None else {**feeds, "label": labels}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Two rows for one call, the second without guidance, each with noise of its own: what the loop starts from."""
+
+    x: Array
+    label: Labels | None
+    rows: Array
+    noise: Array
+
+
+def probe_loop(spec: ModelSpec, samples: Sequence[int]) -> Loop:
+    """The loop's inputs for some samples: x (B, *shape), noise (2, B, *shape)."""
+    levels = probe_levels(spec)
+    start = probe_state(spec, float(levels[1]), LEVELS + 1, samples)
+    weights = ((1, probe_guidance(spec)), (2, 1.0))
+    rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in weights])
+    return Loop(start.x, start.label, rows, np.stack([start.z, start.h]))
 
 
 def default_plan(spec: ModelSpec, defaults: Defaults, *, guided: bool) -> Plan:

@@ -15,9 +15,9 @@ from diffexport.comparison import Progress, check_decoder, compare, scope_of
 from diffexport.engines.header import check_header
 from diffexport.engines.record import engines_of, stale
 from diffexport.errors import BackendError, BundleError, DiffexportError, EngineError, PlanError
-from diffexport.golden import check_golden
-from diffexport.parity import coarsest, describe, severity
-from diffexport.plan import make_plan
+from diffexport.golden import check_golden, check_other_graphs
+from diffexport.parity import coarsest, describe, holds, severity
+from diffexport.plan import make_plan, ready_plans
 from diffexport.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def verify(
     for index, backend in enumerate(backends):
         report(f"golden cases on {backend}", 0.1 + 0.3 * index / len(backends))
         findings.append(golden_finding(bundle, backend, module, decoder, **(options or {})))
+    findings.append(_other_graphs(bundle))
     if module is not None and spec is not None:
         findings += _against(bundle, module, spec, decoder, thorough, lambda what, part: report(what, 0.4 + 0.6 * part))
     report("done", 1.0)
@@ -94,6 +95,14 @@ def _certificate(bundle: Bundle) -> Finding:
     failed = [m for m in certificate.measurements if not m.passed]
     if failed or not certificate.passed:
         return Finding("certificate", False, f"exported with --allow-mismatch: {_worst(failed)}")
+    precision = bundle.manifest.precision
+    broken = [m for m in certificate.measurements if not holds(m, precision)]
+    if broken:
+        return Finding(
+            "certificate", False, f"says passed of what is beyond the limits of {precision}: {_worst(broken)}"
+        )
+    if not certificate.measurements or certificate.precision != precision:
+        return Finding("certificate", False, f"is not one of a bundle in {precision}; export the model again")
     return Finding(
         "certificate",
         True,
@@ -103,7 +112,13 @@ def _certificate(bundle: Bundle) -> Finding:
 
 def _plans(bundle: Bundle) -> Finding:
     """The ready-made plans are those of the manifest's schedule."""
-    plans = bundle.plans()
+    try:
+        plans = bundle.plans()
+        missing = sorted(ready_plans(bundle.spec).keys() - plans.keys())
+    except (BundleError, PlanError) as error:
+        return Finding("plans", False, str(error))
+    if missing:
+        return Finding("plans", False, f"plan {missing[0]} is missing; export again")
     names = [name for name in plans if not name.endswith(".x_scale")]
     for name in names:
         try:
@@ -141,6 +156,18 @@ def _follows(spec: ModelSpec, plans: Tensors, name: str) -> bool:
     return all(a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in pairs)
 
 
+def _other_graphs(bundle: Bundle) -> Finding:
+    """The graphs that no backend of this package samples with: they are there for people's own programs."""
+    name, manifest = "golden cases of the other graphs", bundle.manifest
+    try:
+        measurements = check_other_graphs(
+            bundle.path, bundle.spec, bundle.golden(), manifest.precision, manifest.decoder
+        )
+    except DiffexportError as error:
+        return Finding(name, False, str(error))
+    return _finding(name, measurements)
+
+
 def golden_finding(
     bundle: Bundle,
     backend: str,
@@ -155,7 +182,7 @@ def golden_finding(
         options |= {"module": module, "decoder": decoder}
     session = open_session(bundle, backend, **options)
     try:
-        measurements = check_golden(session, bundle.spec, bundle.golden(), precision)
+        measurements = check_golden(session, bundle.spec, bundle.golden(), precision, bundle.manifest.decoder)
     except (DiffexportError, KeyError, ValueError) as error:
         if isinstance(error, BackendError):
             raise

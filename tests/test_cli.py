@@ -101,7 +101,7 @@ def test_bad_calls_of_sample_are_one_line_and_write_nothing(diffx, toy_bundle, t
 def test_verify_says_what_holds_and_fails_loudly(diffx, toy_bundle, tmp_path):
     shutil.copytree(toy_bundle("plain").path, tmp_path / "b.diffx")
     status, out, _ = diffx("verify", "b.diffx")
-    assert (status, out.count("ok  ")) == (0, 4)
+    assert (status, out.count("ok  ")) == (0, 5)
     weights = tmp_path / "b.diffx" / "weights.bin"
     data = bytearray(weights.read_bytes())
     data[100] ^= 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from diffexport.bundle import (
     CERTIFICATE,
@@ -227,7 +228,8 @@ def _certify(
         measurements += check_decoder(reference, candidate, spec, comparison, precision)
     candidate.close()
     report("recording golden cases", 0.95)
-    cases = golden_cases(reference, spec, comparison.plan, comparison.final, decoded=decoder is not None)
+    denoised = np.concatenate(comparison.denoised)
+    cases = golden_cases(reference, spec, comparison.plan, comparison.final, denoised, decoded=decoder is not None)
     write_tensors(work / GOLDEN, cases)
     measurements.append(check_denoiser(work / "denoiser.onnx", spec, comparison, precision))
     return Certificate(
