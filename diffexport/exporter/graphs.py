@@ -78,18 +78,19 @@ class GraphBuilder:
             self.nodes.append(copy)
         return renamed(network.output[0].name)
 
-    def graph(self, name: str, inputs: list[Any], outputs: list[Any]) -> onnx.GraphProto:
-        """A subgraph of these nodes."""
+    def graph(self, name: str, inputs: list[Any], outputs: list[Any], *networks: onnx.GraphProto) -> onnx.GraphProto:
+        """A subgraph of these nodes, and of the weights of networks that it alone uses."""
         from onnx import helper
 
-        return helper.make_graph(self.nodes, name, inputs, outputs)
+        weights = [weight for network in networks for weight in network.initializer]
+        return helper.make_graph(self.nodes, name, inputs, outputs, weights)
 
     def model(self, name: str, inputs: list[Any], outputs: list[Any], *networks: onnx.GraphProto) -> onnx.ModelProto:
         """A model of these nodes, the networks' weights and the constants."""
         from onnx import helper
 
-        weights = [weight for network in networks for weight in network.initializer]
-        graph = helper.make_graph(self.nodes, name, inputs, outputs, [*weights, *self.constants])
+        graph = self.graph(name, inputs, outputs, *networks)
+        graph.initializer.extend(self.constants)
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],

@@ -1,4 +1,8 @@
-"""The whole sampler as one graph: an ONNX Loop whose body applies one row of the plan."""
+"""The whole sampler as one graph: an ONNX Loop whose body applies one row of the plan.
+
+The network's weights belong to the body. ONNX Runtime lays out constant weights for its matrix products ahead of the
+first run, but finds only those of a subgraph's own graph or the one around it, and the branches of guidance lie two deep.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def sampler_graph(network: onnx.GraphProto, spec: ModelSpec) -> onnx.ModelProto:
     """
     b = GraphBuilder()
     inputs, outputs = _loop(b, network, spec)
-    return b.model("sampler", inputs, outputs, network)
+    return b.model("sampler", inputs, outputs)
 
 
 def decoded_sampler_graph(
@@ -35,7 +39,7 @@ def decoded_sampler_graph(
     apply_decoder(b, decoder, decoder_spec, "x")
     sides = (decoder_spec.upscale * side for side in spec.shape[1:])
     image = tensor("image", [BATCH, decoder_spec.channels, *sides])
-    return b.model("sampler_decoded", inputs, [image, *outputs], network, decoder)
+    return b.model("sampler_decoded", inputs, [image, *outputs], decoder)
 
 
 def _loop(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> tuple[list[Any], list[Any]]:
@@ -78,4 +82,4 @@ def _body(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> onnx.Gr
     state = [tensor(name, [BATCH, *spec.shape]) for name in (x, h)]
     inputs = [tensor(i, [], "INT64"), tensor(going, [], "BOOL"), *state]
     outputs = [tensor(scope + "going_on", [], "BOOL"), *(tensor(end, [BATCH, *spec.shape]) for end in following)]
-    return b.graph("body", inputs, outputs)
+    return b.graph("body", inputs, outputs, network)
