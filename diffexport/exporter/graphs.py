@@ -79,7 +79,7 @@ class GraphBuilder:
         return renamed(network.output[0].name)
 
     def graph(self, name: str, inputs: list[Any], outputs: list[Any], *networks: onnx.GraphProto) -> onnx.GraphProto:
-        """A subgraph of these nodes, and of the weights of networks that it alone uses."""
+        """A graph of these nodes and the networks' weights."""
         from onnx import helper
 
         weights = [weight for network in networks for weight in network.initializer]

@@ -1,7 +1,8 @@
 """The whole sampler as one graph: an ONNX Loop whose body applies one row of the plan.
 
-The network's weights belong to the body. ONNX Runtime lays out constant weights for its matrix products ahead of the
-first run, but finds only those of a subgraph's own graph or the one around it, and the branches of guidance lie two deep.
+The weights belong to the graph whose operators use them: the branches of guidance, or the body where there are none.
+ONNX Runtime lays out constant weights ahead of the first run, but does not find those of an outermost graph two levels
+up; and what a subgraph takes from outside is handed to it anew in every row, one weight after the other.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _body(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> onnx.Gr
             branch = b.inner(name.removesuffix("_branch"))
             ends = (branch.scope + "x_next", branch.scope + "h_next")
             apply_row(branch, network, spec, row, z, (x, h), ends, guided=guided)
-            branches[name] = branch.graph(name, [], [tensor(end, [BATCH, *spec.shape]) for end in ends])
+            branches[name] = branch.graph(name, [], [tensor(end, [BATCH, *spec.shape]) for end in ends], network)
         b.add("If", [b.op("Equal", w, b.constant(1.0))], list(following), **branches)
     else:
         apply_row(b, network, spec, row, z, (x, h), following, guided=False)
@@ -82,4 +83,4 @@ def _body(b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec) -> onnx.Gr
     state = [tensor(name, [BATCH, *spec.shape]) for name in (x, h)]
     inputs = [tensor(i, [], "INT64"), tensor(going, [], "BOOL"), *state]
     outputs = [tensor(scope + "going_on", [], "BOOL"), *(tensor(end, [BATCH, *spec.shape]) for end in following)]
-    return b.graph("body", inputs, outputs, network)
+    return b.graph("body", inputs, outputs, *([] if spec.guidable else [network]))
