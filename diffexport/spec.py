@@ -5,6 +5,7 @@ Shapes used everywhere: B user batch, C channels, H and W sides; a sample is (C,
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any, Literal
 
@@ -60,7 +61,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What an estimate that is clamped leaves as it was: the state, as in DDPM, or the predicted noise, as in DDIM of
     diffusers, whose state then moves with the estimate, x + (D - D before the clamp)."""
     label_names: tuple[str, ...] = ()
-    """Names of the labels in order, or empty."""
+    """Names of the labels in order, or empty; those of one label may be several, with commas between them."""
     architecture: dict[str, Any] = {}
     """The constructor's arguments, as the checkpoint reader found them; for people, no runtime reads it."""
 
@@ -105,24 +106,39 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return (self.shape[0] * (2 if self.learned_variance else 1), *self.shape[1:])
 
     def label_index(self, label: int | str) -> int:
-        """The index of a label given by index or by name.
+        """The index of a label given by index or by name; a name may be one of several with commas between them.
 
         Raises:
-            ShapeError: no label has this index or name.
+            ShapeError: no label, or more than one, has this index or name.
         """
         if not self.conditional:
             raise ShapeError(f"label {label!r}: this model has no labels; ask for a number of samples instead")
-        if isinstance(label, str) and label in self.label_names:
-            return self.label_names.index(label)
+        if isinstance(label, str):
+            named = [k for k, names in enumerate(self.label_names) if label == names or label in synonyms(names)]
+            if len(named) > 1:
+                raise ShapeError(f"label {label!r}: is a name of labels {', '.join(map(str, named))}; give the number")
+            if named:
+                return named[0]
         try:
             index = int(label)
         except ValueError:
-            known = ", ".join(self.label_names[:8]) + (", ..." if len(self.label_names) > 8 else "")
-            hint = f"known: {known}" if known else f"use 0..{self.num_classes - 1}"
-            raise ShapeError(f"label {label!r}: no label has this name; {hint}") from None
+            raise ShapeError(f"label {label!r}: no label has this name; {self._label_hint(str(label))}") from None
         if not 0 <= index < self.num_classes:
             raise ShapeError(f"label {index}: this model has labels 0..{self.num_classes - 1}")
         return index
+
+    def label_name(self, index: int) -> str:
+        """The first name of a label, or its number."""
+        return synonyms(self.label_names[index])[0] if self.label_names else str(index)
+
+    def _label_hint(self, name: str) -> str:
+        if not self.label_names:
+            return f"use 0..{self.num_classes - 1}"
+        known = [part for names in self.label_names for part in synonyms(names)]
+        close = difflib.get_close_matches(name, known, n=3)
+        if close:
+            return f"near it: {', '.join(close)}"
+        return f"known: {', '.join(known[:8])}" + (", ..." if len(known) > 8 else "")
 
 
 class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,3 +165,8 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"decoder of scaling_factor {self.scaling_factor}, shift {self.shift}: expected finite numbers, "
                 "the first above 0"
             )
+
+
+def synonyms(names: str) -> list[str]:
+    """The names of one label: "tench, Tinca tinca" has two."""
+    return [name.strip() for name in names.split(",")]

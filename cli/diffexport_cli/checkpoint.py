@@ -29,11 +29,14 @@ def read_checkpoint(path: Path, **facts: Any) -> Checkpoint:
 
 def read_checkpoint_of(path: Path, spec: ModelSpec) -> Checkpoint:
     """The checkpoint that a bundle is of; what a bare state dict does not tell is taken from the bundle's spec."""
+    chosen = {"guidance_channels": spec.guided_channels or "all"} if spec.guidable else {}
     try:
-        return read_checkpoint(path)
+        return read_checkpoint(path, **chosen)
     except SpecError:
         return read_checkpoint(
             path,
+            **chosen,
+            null_label=("last" if spec.has_null else "none") if spec.architecture.get("num_class_embeds") else None,
             heads=spec.architecture.get("num_heads"),
             image_size=spec.shape[-1] if len(spec.shape) == 3 else None,
             prediction=spec.prediction,

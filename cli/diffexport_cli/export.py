@@ -15,7 +15,8 @@ from diffexport_cli.progress import progress_bar
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="The checkpoint: .pt, .pth, .bin or .safetensors.", metavar="CKPT")
+        Path,
+        typer.Argument(help="A .pt, .pth, .bin or .safetensors file, or a folder of diffusers.", metavar="CKPT"),
     ],
     out: Annotated[
         Path | None, typer.Option(help="The bundle to write.", show_default="CKPT's name with .diffx")
@@ -53,6 +54,15 @@ def export(
     schedule: Annotated[
         str | None, typer.Option(help="ddpm, ldm, sigmoid, cosine, loglinear or flow, where the file does not tell.")
     ] = None,
+    guidance_channels: Annotated[
+        str | None,
+        typer.Option(
+            help="Channels that guidance acts on: all, or the first N.", show_default="official DiT 3; else all"
+        ),
+    ] = None,
+    null_label: Annotated[
+        str | None, typer.Option(help="last or none: whether a U-Net of diffusers' last label stands for no label.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="ema or model, of a snapshot that holds both.")] = None,
     thorough: Annotated[bool, typer.Option(help="Compare whole runs at every batch, for large models too.")] = False,
     allow_mismatch: Annotated[bool, typer.Option(help="Write the bundle, marked, even if parity fails.")] = False,
@@ -78,13 +88,15 @@ def export(
             prediction=prediction,
             scaled=scaled,
             schedule=schedule,
+            guidance_channels=guidance_channels,
+            null_label=null_label,
             weights=weights,
         )
         found = read_checkpoint(checkpoint, **facts)
         bundle = export_bundle(
             found.module,
             found.spec,
-            out or Path(checkpoint.with_suffix(".diffx").name),
+            out or Path(checkpoint.resolve().with_suffix(".diffx").name),
             precision=chosen,
             keep_fp32=keep_fp32 or (),
             max_batch=max_batch,

@@ -252,7 +252,7 @@ def _write(
     from diffexport.pictures import save_samples
 
     arrays: dict[str, Any] = {"x": x} if labels is None else {"x": x, "labels": np.array(labels, np.int64)}
-    names = [spec.label_names[k] if spec.label_names else str(k) for k in labels] if labels is not None else None
+    names = [spec.label_name(k) for k in labels] if labels is not None else None
     written = []
     try:
         if out is not None:

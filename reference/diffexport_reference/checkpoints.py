@@ -1,8 +1,8 @@
 """Checkpoints: a file becomes the bare network, ready to be traced, with everything that is known of it.
 
 Read are diffexport's own checkpoints, bare state dicts of the models in ``families`` (.pt, .pth, .bin, .safetensors),
-and snapshots of training of the official DiT. What a state dict does not tell comes from flags or from a JSON file
-beside it (dit.pt, dit.json) with the keys of ``facts.Given``; nothing is guessed.
+snapshots of training of the official DiT, and the folders of diffusers in ``pretrained``. What a state dict does not tell
+comes from flags or from a JSON file beside it (dit.pt, dit.json) with the keys of ``facts.Given``; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from torch import Tensor, nn
 
 from diffexport.errors import CheckpointError, SpecError
 from diffexport.files import replacing_file
-from diffexport.schedules import Schedule
 from diffexport.spec import ModelSpec, Variance
-from diffexport_reference.facts import FLAGS, FLOW_FACTS, SPEC_FLAGS, Facts, check_flags, facts_beside, given_facts
+from diffexport_reference.facts import (
+    FLAGS,
+    FLOW_FACTS,
+    SPEC_FLAGS,
+    Facts,
+    Given,
+    check_flags,
+    facts_beside,
+    given_facts,
+    guided,
+)
 from diffexport_reference.families import Args, Family, Shapes, by_class, recognise
-from diffexport_reference.weights import State, a, read_content, select_state, sound_state
+from diffexport_reference.weights import State, a, check_names, read_content, select_state, sound_state
 
 _VARIANCES: dict[bool | None, Variance] = {None: "small", False: "large", True: "learned"}
 """What an official DiT's ``learn_sigma`` means for DDPM; other families have no such choice."""
@@ -40,56 +49,37 @@ class Checkpoint:
     """Called as module(x, c_noise, label), or module(x, c_noise) without labels; float32, in eval mode."""
     spec: ModelSpec
     notes: tuple[str, ...] = ()
+    vae: Path | None = None
+    """The folder of the image decoder that came with it."""
 
 
-def load_checkpoint(
-    path: str | Path,
-    *,
-    heads: int | None = None,
-    image_size: int | None = None,
-    prediction: str | None = None,
-    scaled: bool | None = None,
-    schedule: str | Schedule | None = None,
-    weights: str | None = None,
-) -> tuple[nn.Module, ModelSpec]:
+def load_checkpoint(path: str | Path, *, weights: str | None = None, **facts: Any) -> tuple[nn.Module, ModelSpec]:
     """The module and spec of a checkpoint; see ``read_checkpoint``."""
-    found = read_checkpoint(
-        path,
-        heads=heads,
-        image_size=image_size,
-        prediction=prediction,
-        scaled=scaled,
-        schedule=schedule,
-        weights=weights,
-    )
+    found = read_checkpoint(path, weights=weights, **facts)
     return found.module, found.spec
 
 
-def read_checkpoint(
-    path: str | Path,
-    *,
-    heads: int | None = None,
-    image_size: int | None = None,
-    prediction: str | None = None,
-    scaled: bool | None = None,
-    schedule: str | Schedule | None = None,
-    weights: str | None = None,
-) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, weights: str | None = None, **facts: Any) -> Checkpoint:
     """Read a checkpoint. Weights that are float32 stay mapped from the file, so do not overwrite it in place.
 
     Args:
-        heads, image_size, prediction, scaled, schedule: facts that a bare state dict does not tell.
+        path: a file, or a folder of diffusers.
         weights: "ema" or "model", of a snapshot that holds both; "ema" without.
+        facts: what the checkpoint does not tell, each a field of ``facts.Given``: heads, image_size, prediction, scaled,
+            schedule, null_label; and guidance_channels, "all" or how many.
 
     Raises:
+        BackendError: a folder of diffusers, which is not installed.
         CheckpointError: a file that is missing, damaged, unsafe, or of no model that is known here.
         SpecError: facts that are missing (all of them are named), or that contradict the file.
     """
     path = Path(path)
+    if unknown := sorted(set(facts) - set(Given.__struct_fields__)):
+        raise TypeError(f"read_checkpoint() takes no {unknown[0]!r}; facts are {', '.join(Given.__struct_fields__)}")
     try:
-        flags = given_facts(
-            {"heads": heads, "image_size": image_size, "prediction": prediction, "scaled": scaled, "schedule": schedule}
-        )
+        flags = given_facts(facts)
+        if path.is_dir():
+            return _read_folder(path, flags, weights)
         content = read_content(path)
         if content.get("format") == FORMAT:
             return _read_own(content, flags, weights)
@@ -150,6 +140,15 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def _read_folder(path: Path, flags: Facts, weights: str | None) -> Checkpoint:
+    from diffexport_reference.pretrained import read_folder
+
+    if weights is not None:
+        raise SpecError(f"--weights {weights}: this folder holds one set of weights; leave it out")
+    module, spec, notes, vae = read_folder(path, flags)
+    return Checkpoint(module, spec, tuple(notes), vae)
+
+
 def _read_own(content: Mapping[str, Any], flags: Facts, weights: str | None) -> Checkpoint:
     if content.get("version") != VERSION:
         raise CheckpointError(
@@ -165,7 +164,8 @@ def _read_own(content: Mapping[str, Any], flags: Facts, weights: str | None) -> 
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})") from error
     side = spec.shape[-1] if len(spec.shape) == 3 else None
     heads = next((stored_args.get(ask.arg) for ask in family.asks if ask.flag == "heads"), None)
-    check_flags(flags, {**{name: getattr(spec, name) for name in SPEC_FLAGS}, "heads": heads, "image_size": side})
+    fixed: Facts = {"heads": heads, "image_size": side, "null_label": None}
+    check_flags(flags, {**{name: getattr(spec, name) for name in SPEC_FLAGS}, **fixed})
     try:
         module, args = _make(family, sound_state(stored_state), given_facts({"heads": heads, "image_size": side}))
     except SpecError as error:
@@ -176,7 +176,7 @@ def _read_own(content: Mapping[str, Any], flags: Facts, weights: str | None) -> 
         said = getattr(spec, name, stored_args.get(name))
         if value != said:
             raise CheckpointError(f"is damaged: it says {name} {said}, its weights say {value}")
-    return Checkpoint(module, msgspec.structs.replace(spec, architecture=args))
+    return Checkpoint(module, guided(msgspec.structs.replace(spec, architecture=args), flags))
 
 
 def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[str]) -> Checkpoint:
@@ -189,7 +189,7 @@ def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[
     module, args = _make(family, sound_state(stored), facts, known, path)
     asked = {ask.flag for ask in family.asks}
     side = module.input_dims[-1] if len(module.input_dims) == 3 else None
-    told = {"heads": args.get("num_heads") if "heads" in asked else None, "image_size": side}
+    told = {"heads": args.get("num_heads") if "heads" in asked else None, "image_size": side, "null_label": None}
     check_flags(flags, {**known, **told})
     if known["prediction"] == "flow" and known["scaled"]:
         raise SpecError("--scaled: the input of a flow model is never scaled; leave it out")
@@ -203,7 +203,7 @@ def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[
         architecture=args,
         **{name: value for name, value in known.items() if name in ModelSpec.__struct_fields__},
     )
-    return Checkpoint(module, spec, tuple(notes))
+    return Checkpoint(module, guided(spec, facts), tuple(notes))
 
 
 def _make(
@@ -228,24 +228,3 @@ def _make(
     module.load_state_dict(state, assign=True)
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers())), "a buffer without a value"
     return module.eval().requires_grad_(False), {"class": family.model_class, **args}
-
-
-def check_names(kind: str, expected: Mapping[str, tuple[int, ...]], got: Shapes) -> None:
-    """Raise CheckpointError for the first tensor of a kind of model that is missing, not expected, or of another shape."""
-    missing = [name for name in expected if name not in got]
-    unexpected = [name for name in got if name not in expected]
-    reshaped = [name for name in expected if name in got and got[name] != expected[name]]
-    problems = [
-        f"{names[0]} {what}{_and_more(names)}"
-        for what, names in (("is missing", missing), ("is not expected", unexpected))
-        if names
-    ]
-    if reshaped:
-        name = reshaped[0]
-        problems.append(f"{name} has shape {got[name]}, expected {expected[name]}{_and_more(reshaped)}")
-    if problems:
-        raise CheckpointError(f"looks like {a(kind)}, but {'; '.join(problems)}")
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

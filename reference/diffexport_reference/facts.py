@@ -10,7 +10,7 @@ import msgspec
 
 from diffexport.errors import SpecError
 from diffexport.schedules import DEFAULT_SCHEDULES, Schedule
-from diffexport.spec import Prediction
+from diffexport.spec import ModelSpec, Prediction
 
 Facts = dict[str, Any]
 
@@ -20,6 +20,8 @@ FLAGS = {
     "prediction": "--prediction",
     "scaled": "--scaled/--no-scaled",
     "schedule": "--schedule",
+    "null_label": "--null-label",
+    "guidance_channels": "--guidance-channels",
 }
 SPEC_FLAGS = {
     "prediction": f"--prediction {'|'.join(get_args(Prediction))}",
@@ -41,15 +43,22 @@ class Given(msgspec.Struct, frozen=True):
     scaled: bool | None = None
     schedule: Schedule | str | None = None
     """A schedule, or the name of one of DEFAULT_SCHEDULES."""
+    null_label: str | None = None
+    """"last" where the last of a network's labels stands for no label, "none" where none does."""
+    guidance_channels: int | str | None = None
+    """How many channels guidance acts on, or "all"."""
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for flag, number in (("--heads", self.heads), ("--image-size", self.image_size)):
             if number is not None and number < 1:
                 raise SpecError(f"{flag} {number}: expected at least 1")
+        if self.guidance_channels not in (None, "all") and not str(self.guidance_channels).isdigit():
+            raise SpecError(f"--guidance-channels {self.guidance_channels}: expected all, or a number of channels")
         for flag, value, known in (
             ("--prediction", self.prediction, get_args(Prediction)),
             ("--schedule", self.schedule, tuple(DEFAULT_SCHEDULES)),
+            ("--null-label", self.null_label, ("last", "none")),
         ):
             if isinstance(value, str) and value not in known:
                 raise SpecError(f"{flag} {value}: expected one of {', '.join(known)}")
@@ -84,6 +93,25 @@ def facts_beside(path: Path) -> Facts:
         return given_facts(msgspec.json.decode(beside.read_bytes(), type=dict[str, Any]))
     except (msgspec.DecodeError, UnicodeDecodeError, SpecError) as error:
         raise SpecError(f"{beside.name} beside it: {error}") from error
+
+
+def guided(spec: ModelSpec, facts: Facts) -> ModelSpec:
+    """The spec with guidance on the channels that were asked for, if any were.
+
+    Raises:
+        SpecError: the model cannot be guided, or has fewer channels.
+    """
+    asked = facts.get("guidance_channels")
+    if asked is None:
+        return spec
+    channels = spec.shape[0] if asked == "all" else int(asked)
+    if not spec.guidable:
+        raise SpecError(f"--guidance-channels {asked}: this model cannot be guided; leave it out")
+    if not 1 <= channels <= spec.shape[0]:
+        raise SpecError(
+            f"--guidance-channels {asked}: this model has {spec.shape[0]}; expected 1..{spec.shape[0]} or all"
+        )
+    return msgspec.structs.replace(spec, guided_channels=None if channels == spec.shape[0] else channels)
 
 
 def check_flags(flags: Mapping[str, Any], told: Mapping[str, Any]) -> None:

@@ -31,17 +31,17 @@ from diffexport_reference.unet import Unet
 Args = dict[str, Any]
 
 
-class Shapes:
+class Shapes(Mapping[str, tuple[int, ...]]):
     """The shapes of a state dict, by name."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from diffexport.errors import CheckpointError, SpecError
 from diffexport.spec import DecoderSpec
-from diffexport_reference.checkpoints import check_names
 from diffexport_reference.families import Shapes
-from diffexport_reference.weights import read_content, sound_state
+from diffexport_reference.weights import check_names, read_content, sound_state
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

@@ -35,7 +35,7 @@ def read_content(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or would run code.
     """
     if path.is_dir():
-        raise CheckpointError("is a folder; give the file of weights inside it")
+        raise CheckpointError("is a folder; give a file of weights")
     if not path.exists():
         raise CheckpointError("no such file")
     try:
@@ -171,3 +171,33 @@ def _sound(name: str, value: Any) -> Tensor:
     if not (torch.isfinite(low) and torch.isfinite(high)):  # NaN comes through as both
         raise CheckpointError(f"{name} holds NaN or infinite values; the training went wrong, or the file is damaged")
     return weights
+
+
+def check_names(noun: str, expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError with the first tensors that are missing, not expected, or of another shape."""
+    missing = [name for name in expected if name not in got]
+    unexpected = [name for name in got if name not in expected]
+    reshaped = [name for name in expected if name in got and got[name] != expected[name]]
+    problems = name_problems(missing, unexpected)
+    if reshaped:
+        name = reshaped[0]
+        problems.append(f"{name} has shape {got[name]}, expected {expected[name]}{_and_more(reshaped, 1)}")
+    if problems:
+        raise CheckpointError(f"looks like {a(noun)}, but {'; '.join(problems)}")
+
+
+def name_problems(missing: list[str], unexpected: list[str]) -> list[str]:
+    """What is missing and what is not expected, the first few of each by name."""
+    return [
+        f"{', '.join(names[:_SHOWN])}{_and_more(names, _SHOWN)} {'is' if len(names) == 1 else 'are'} {what}"
+        for names, what in ((missing, "missing"), (unexpected, "not expected"))
+        if names
+    ]
+
+
+_SHOWN = 3
+"""Names of tensors in a message."""
+
+
+def _and_more(names: list[str], shown: int) -> str:
+    return f" (and {len(names) - shown} more)" if len(names) > shown else ""
