@@ -6,7 +6,7 @@ tensor that starts at zero, z standard normal noise, w the guidance weight:
     F  = network(c_in*[x; x], c_noise, [label; null])      batch doubled; not doubled where w = 1
     G  = F_u + w*(F_c - F_u)                               on the guided channels; F_c on the others
     D  = c_skip*x + c_out*G[:, :C]                         clamped to [-clip, clip] where the model asks for it; where
-                                                           it keeps eps then, x below is x + (D - D before the clamp)
+                                                           it keeps eps then, x below is D + (x - D before the clamp)
     x' = x_x*x + x_d*D + x_h*h + x_z*exp(v_z*V)*z          V = G[:, C:], the learned variance; factor 1 without it
     h' = h_x*x + h_d*D + h_h*h
 

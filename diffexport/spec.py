@@ -59,7 +59,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The denoised estimate is clamped to [-clip, clip]."""
     clip_keeps: Literal["x", "eps"] = "x"
     """What an estimate that is clamped leaves as it was: the state, as in DDPM, or the predicted noise, as in DDIM of
-    diffusers, whose state then moves with the estimate, x + (D - D before the clamp)."""
+    diffusers, whose state then moves with the estimate: it becomes D + (x - D before the clamp)."""
     label_names: tuple[str, ...] = ()
     """Names of the labels in order, or empty; those of one label may be several, with commas between them."""
     architecture: dict[str, Any] = {}

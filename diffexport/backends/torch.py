@@ -57,9 +57,9 @@ class TorchSession:
     def step(self, row: Array, z: Array | None = None) -> None:
         r: dict[str, torch.Tensor] = dict(zip(COLUMNS, torch.from_numpy(np.asarray(row, np.float32)), strict=True))
         x, h = self._x, self._h
-        denoised, estimate, log_variance = self.denoise(r, x)
+        denoised, noise, log_variance = self.denoise(r, x)
         if self._spec.clip_keeps == "eps":
-            x = x + (denoised - estimate)
+            x = denoised + noise
         self._x = r["x_x"] * x + r["x_d"] * denoised + r["x_h"] * h
         if row[NOISE] != 0:
             assert z is not None, "a row with noise needs z"
@@ -70,12 +70,13 @@ class TorchSession:
     def denoise(
         self, r: dict[str, torch.Tensor], x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """D, D before the clamp, and V of a row, each (B, *shape); V is None without learned variance."""
+        """D, the noise x - D before the clamp, and V of a row, each (B, *shape); V is None without learned variance."""
         channels, clip = self._spec.shape[0], self._spec.clip
         out = self._network_at(r, x)  # (B, C or 2C, ...)
-        estimate = r["c_skip"] * x + r["c_out"] * out[:, :channels]
-        denoised = estimate if clip is None else estimate.clamp(-clip, clip)
-        return denoised, estimate, out[:, channels:] if self._spec.learned_variance else None
+        skipped, predicted = r["c_skip"] * x, r["c_out"] * out[:, :channels]
+        denoised = skipped + predicted if clip is None else (skipped + predicted).clamp(-clip, clip)
+        noise = (1 - r["c_skip"]) * x - predicted  # without x where the network predicts eps: nothing cancels
+        return denoised, noise, out[:, channels:] if self._spec.learned_variance else None
 
     def _network_at(self, r: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """The network's output with guidance, (B, C or 2C, ...)."""

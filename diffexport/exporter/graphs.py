@@ -133,9 +133,10 @@ def apply_row(
     size = b.op("Shape", x, start=0, end=1)
     c_noise = b.op("Expand", r["c_noise"], size)  # (B,)
     out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided)
-    denoised, estimate = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
+    denoised = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
     if spec.clip is not None and spec.clip_keeps == "eps":
-        x = b.op("Add", x, b.op("Sub", denoised, estimate))
+        rest = b.op("Mul", b.op("Sub", b.constant(1.0), r["c_skip"]), x)
+        x = b.op("Add", denoised, b.op("Sub", rest, b.op("Mul", r["c_out"], out)))
 
     noise = b.op("Mul", r["x_z"], z)
     if log_variance is not None:
@@ -222,14 +223,14 @@ def _channels(b: GraphBuilder, value: str, start: int, stop: int) -> str:
 
 def _denoised(
     b: GraphBuilder, spec: ModelSpec, x: str, c_skip: str, c_out: str, out: str, name: str | None = None
-) -> tuple[str, str]:
-    """D, which is c_skip*x + c_out*out, clamped where the model asks for it; and the same before the clamp."""
+) -> str:
+    """D = c_skip*x + c_out*out, clamped where the model asks for it."""
     clipped = spec.clip is not None
     terms = b.op("Mul", c_skip, x), b.op("Mul", c_out, out)
-    estimate = denoised = b.op("Add", *terms, name=None if clipped else name)
+    denoised = b.op("Add", *terms, name=None if clipped else name)
     if clipped:
-        denoised = b.op("Clip", estimate, b.constant(-spec.clip), b.constant(spec.clip), name=name)  # type: ignore[operator]
-    return str(denoised), str(estimate)
+        denoised = b.op("Clip", denoised, b.constant(-spec.clip), b.constant(spec.clip), name=name)  # type: ignore[operator]
+    return str(denoised)
 
 
 def _preconditioning(b: GraphBuilder, spec: ModelSpec, sigma: str, alpha_bar: str, one: str) -> tuple[str, str]:
