@@ -2,39 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <utility>
 
 #include "error.hpp"
-#include "sha256.hpp"
+#include "files.hpp"
 
 namespace diffx::core {
 namespace {
-
-constexpr std::uintmax_t kLargestText = 1 << 26; // bytes of a manifest, or of a file of tensors
-
-std::string read_file(const std::filesystem::path& path) {
-    std::error_code problem;
-    const std::uintmax_t size = std::filesystem::file_size(path, problem);
-    std::ifstream file(path, std::ios::binary);
-    if (problem || !file)
-        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": cannot be read; expected a bundle made by `diffx export`");
-    if (size > kLargestText) throw error(DIFFX_BUNDLE_ERROR, path.string(), ": ", size, " bytes, expected at most ", kLargestText);
-    std::string text(size, '\0');
-    file.read(text.data(), static_cast<std::streamsize>(size));
-    if (file.gcount() != static_cast<std::streamsize>(size))
-        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": cut off while it was read");
-    return text;
-}
-
-std::string sha256_of(const std::filesystem::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::vector<char> chunk(1 << 18);
-    Sha256 hash;
-    while (file.read(chunk.data(), static_cast<std::streamsize>(chunk.size())) || file.gcount() > 0)
-        hash.update(std::as_bytes(std::span(chunk).first(static_cast<std::size_t>(file.gcount()))));
-    return hash.digest();
-}
 
 /// The plans that there are, for people: "ddim:5,10,20 heun:5,10".
 std::string known_plans(const Tensors& plans) {
@@ -62,30 +36,15 @@ Bundle::Bundle(std::filesystem::path path) : path_(std::move(path)) {
                     std::filesystem::exists(path_, ignored) ? "not a folder" : "no such folder",
                     "; expected a bundle made by `diffx export`");
     const auto manifest = path_ / "manifest.json";
-    manifest_ = parse_manifest(read_file(manifest), manifest.string());
-    for (const auto& [name, entry] : manifest_.files) check_file(name, entry);
+    manifest_ = parse_manifest(read_text(manifest), manifest.string());
+    for (const auto& [name, entry] : manifest_.files)
+        check_file(path_ / name, entry.size, entry.sha256, "the manifest", "copy the whole bundle again or export the model again");
     plans_ = tensors("plans.safetensors");
-}
-
-void Bundle::check_file(const std::string& name, const FileEntry& entry) const {
-    const auto path = path_ / name;
-    std::error_code problem;
-    if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path, problem)))
-        throw error(DIFFX_BUNDLE_ERROR, path.string(),
-                    ": missing or not a regular file; copy the whole bundle again or export the model again");
-    const std::uintmax_t size = std::filesystem::file_size(path, problem);
-    if (size != entry.size)
-        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": ", size, " bytes, the manifest says ", entry.size,
-                    "; the file was changed or cut off");
-    const std::string found = sha256_of(path);
-    if (found != entry.sha256)
-        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": sha256 is ", found.substr(0, 12), "..., the manifest says ",
-                    entry.sha256.substr(0, 12), "...; the file was changed or damaged");
 }
 
 Tensors Bundle::tensors(const char* name) const {
     const auto path = path_ / name;
-    const std::string file = read_file(path);
+    const std::string file = read_text(path);
     return parse_safetensors(std::as_bytes(std::span(file)), path.string());
 }
 

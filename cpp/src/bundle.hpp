@@ -28,7 +28,6 @@ public:
 
     const std::filesystem::path& path() const { return path_; }
     const Manifest& manifest() const { return manifest_; }
-    std::string graph(const std::string& name) const { return (path_ / (name + ".onnx")).string(); }
 
     /// A ready-made plan, its guidance column set to guidance_scale. Throws DIFFX_PLAN_ERROR.
     Plan plan(const std::string& sampler, int steps, double guidance_scale) const;
@@ -41,7 +40,6 @@ public:
 
 private:
     Tensors tensors(const char* name) const;
-    void check_file(const std::string& name, const FileEntry& entry) const;
 
     std::filesystem::path path_;
     Manifest manifest_;

@@ -21,6 +21,7 @@ public:
     void upload(Buffer& to, const void* from, std::size_t bytes) override { std::memcpy(to.data(), from, bytes); }
     void download(void* to, Buffer& from, std::size_t bytes) override { std::memcpy(to, from.data(), bytes); }
     void clear(Buffer& buffer, std::size_t bytes) override { std::memset(buffer.data(), 0, bytes); }
+    void finish() override {}
 };
 
 } // namespace

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 
 namespace diffx::core {
 
@@ -13,7 +14,7 @@ public:
     virtual void* data() = 0;
 };
 
-/// Where buffers are made. upload and download have been done when they return.
+/// Where buffers are made. What is uploaded may be changed afterwards; what is downloaded is there.
 class Memory {
 public:
     virtual ~Memory() = default;
@@ -21,11 +22,21 @@ public:
     virtual void upload(Buffer& to, const void* from, std::size_t bytes) = 0;
     virtual void download(void* to, Buffer& from, std::size_t bytes) = 0;
     virtual void clear(Buffer& buffer, std::size_t bytes) = 0;
+    /// Wait until all of it has been done.
+    virtual void finish() = 0;
 };
 
 std::unique_ptr<Memory> host_memory();
 
 /// Memory of a CUDA device, through the CUDA runtime's library. Throws DIFFX_BACKEND_ERROR where there is no driver.
-std::unique_ptr<Memory> cuda_memory(int device);
+class CudaMemory : public Memory {
+public:
+    /// A stream, for work in the order of what is uploaded and downloaded here.
+    virtual void* stream() = 0;
+};
+std::unique_ptr<CudaMemory> cuda_memory(int device);
+
+/// Compute capability of a CUDA device, "sm89".
+std::string cuda_capability(int device);
 
 } // namespace diffx::core
