@@ -1,6 +1,7 @@
 """The C++ runtime: built with CMake, run as its users run it, and held to the Python runtime number by number."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from diffexport.samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 ORACLES = ROOT / "tests" / "oracles"
+OPENVINO = Path(importlib.util.find_spec("openvino").submodule_search_locations[0])
 
 
 class Built:
@@ -31,6 +33,7 @@ class Built:
             "DIFFX_ONNXRUNTIME_LIBRARY": str(
                 next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
             ),
+            "DIFFX_OPENVINO_LIBRARY": str(next((OPENVINO / "libs").glob("libopenvino_c.so.*"))),
         }
 
     def build(self):
@@ -40,7 +43,8 @@ class Built:
             fcntl.flock(lock, fcntl.LOCK_EX)
             subprocess.run([ROOT / "scripts" / "setup-cpp"], check=True)
             configure = ["cmake", "-S", ROOT / "cpp", "-B", self.folder, "-G", "Ninja"]
-            options = ["DIFFX_TESTS=ON", "DIFFX_WERROR=ON", f"onnxruntime_ROOT={ROOT / 'build' / 'onnxruntime'}"]
+            options = ["DIFFX_TESTS=ON", "DIFFX_WERROR=ON", "DIFFX_OPENVINO=ON", f"OpenVINO_ROOT={OPENVINO}"]
+            options.append(f"onnxruntime_ROOT={ROOT / 'build' / 'onnxruntime'}")
             for command in ([*configure, *(f"-D{option}" for option in options)], ["ninja", "-C", self.folder]):
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 assert done.returncode == 0, done.stdout + done.stderr
@@ -97,12 +101,12 @@ def plans_of(bundle):
     return sorted({name.rpartition(".")[0] for name in bundle.plans() if not name.endswith(".x_scale")} & set(SAMPLERS))
 
 
-def assert_same_images(cpp, bundle, folder, steps):
+def assert_same_images(cpp, bundle, folder, steps, backend="ort"):
     """Every sampler, with guidance where the model allows it: C++ and Python agree to 1e-5."""
     names = plans_of(bundle)
     assert len(names) >= 5
-    words = ["--seed", 2**40 + 3, "--first", 5, "--num", 5, "--batch", 2, "--steps", steps]
-    with bundle.sampler(threads=1) as sampler:
+    words = ["--backend", backend, "--seed", 2**40 + 3, "--first", 5, "--num", 5, "--batch", 2, "--steps", steps]
+    with bundle.sampler(backend, threads=1) as sampler:
         for name in names:
             scale = 2.5 if bundle.spec.guidable else 1.0
             options = {"sampler": name, "steps": steps, "guidance_scale": scale}
@@ -125,9 +129,10 @@ def test_every_sampler_gives_the_images_of_python(cpp, toy_bundle, tmp_path, nam
     assert_same_images(cpp, toy_bundle(name), tmp_path, 10)
 
 
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name):
-    assert_same_images(cpp, family_bundle(name), tmp_path, 5)
+def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name, backend):
+    assert_same_images(cpp, family_bundle(name), tmp_path, 5, backend)
 
 
 def test_the_example_of_the_documentation_compiles_and_runs(cpp, family_bundle):
@@ -160,12 +165,14 @@ def test_the_library_exports_the_c_interface_and_nothing_else(cpp):
     assert functions == set(re.findall(r"DIFFX_API [\w \*]*?(diffx_\w+)\(", header))
 
 
-def test_threads_share_a_bundle(cpp, toy_bundle):
-    assert cpp.run("tests/diffx-threads", toy_bundle("plain").path, "ort").stdout == "the same\n"
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_threads_share_a_bundle(cpp, toy_bundle, backend):
+    assert cpp.run("tests/diffx-threads", toy_bundle("plain").path, backend).stdout == "the same\n"
 
 
-def test_the_selftest_holds_the_bundle_to_pythons_limits(cpp, toy_bundle):
-    done = cpp.run("diffx-sample", toy_bundle("decoded").path, "--selftest", "--json")
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_the_selftest_holds_the_bundle_to_pythons_limits(cpp, toy_bundle, backend):
+    done = cpp.run("diffx-sample", toy_bundle("decoded").path, "--backend", backend, "--selftest", "--json")
     findings = [json.loads(line) for line in done.stdout.splitlines()]
     assert [f["check"] for f in findings][-2:] == ["run", "decoder.image"]
     assert len(findings) == 8
