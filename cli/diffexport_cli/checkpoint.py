@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from diffexport.errors import BackendError, SpecError
 
 if TYPE_CHECKING:
-    from diffexport.spec import ModelSpec
+    import torch
+
+    from diffexport.spec import DecoderSpec, ModelSpec
     from diffexport_reference.checkpoints import Checkpoint
 
 
@@ -20,11 +22,28 @@ def read_checkpoint(path: Path, **facts: Any) -> Checkpoint:
         BackendError: PyTorch is not installed.
         CheckpointError, SpecError: see ``diffexport_reference.checkpoints``.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise BackendError("reading a checkpoint needs PyTorch; pip install 'diffexport[export]'")
+    _need_torch()
     from diffexport_reference.checkpoints import read_checkpoint as read
 
     return read(path, **facts)
+
+
+def read_decoder(folder: Path) -> tuple[torch.nn.Module, DecoderSpec]:
+    """The decoder of an AutoencoderKL folder.
+
+    Raises:
+        BackendError: PyTorch is not installed.
+        CheckpointError: see ``diffexport_reference.vae``.
+    """
+    _need_torch()
+    from diffexport_reference.vae import load_decoder
+
+    return load_decoder(folder)
+
+
+def _need_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise BackendError("reading a checkpoint needs PyTorch; pip install 'diffexport[export]'")
 
 
 def read_checkpoint_of(path: Path, spec: ModelSpec) -> Checkpoint:

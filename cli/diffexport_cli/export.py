@@ -21,6 +21,10 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="The bundle to write.", show_default="CKPT's name with .diffx")
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the AutoencoderKL whose decoder makes images of the samples.", metavar="FOLDER"),
+    ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Short for --precision bf16.")] = False,
     precision: Annotated[
@@ -71,13 +75,15 @@ def export(
     """Trace a checkpoint into a bundle and check it against PyTorch before it is written.
 
     Example: diffx export dit.pt --out dit.diffx
+
+    Of latents, with what makes images of them: diffx export DiT-XL-2-256x256.pt --vae sd-vae-ft-ema
     """
     from diffexport.bundle import Defaults
     from diffexport.exporter.write import export as export_bundle
     from diffexport.parity import describe
     from diffexport.plan import default_sampler
-    from diffexport_cli.checkpoint import read_checkpoint
-    from diffexport_cli.output import print_json, size_of, worst_of
+    from diffexport_cli.checkpoint import read_checkpoint, read_decoder
+    from diffexport_cli.output import describe_decoder, print_json, size_of, worst_of
 
     chosen = _precision(precision, {"fp16": fp16, "bf16": bf16})
     gc.disable()  # loading PyTorch and tracing make millions of objects that live to the end of this short process
@@ -97,6 +103,7 @@ def export(
             found.module,
             found.spec,
             out or Path(checkpoint.resolve().with_suffix(".diffx").name),
+            decoder=read_decoder(vae) if vae is not None else None,
             precision=chosen,
             keep_fp32=keep_fp32 or (),
             max_batch=max_batch,
@@ -123,6 +130,8 @@ def export(
     for layer in bundle.manifest.keep_fp32:
         print(f"kept in fp32: {layer}")
     print(f"{spec.family}, {bundle.manifest.parameters / 1e6:.2f} M parameters, samples {shape}, {labels}, {chosen}")
+    if bundle.manifest.decoder is not None:
+        print(describe_decoder(bundle.manifest.decoder, spec))
     passed = sum(m.passed for m in certificate.measurements)
     print(f"parity with PyTorch: {passed} of {len(certificate.measurements)} comparisons hold")
     print(f"  worst step:  {describe(worst_of(certificate.measurements, runs=False))}")

@@ -27,7 +27,7 @@ def inspect(
     from diffexport.engines.record import engines_of, is_engine
     from diffexport.parity import describe
     from diffexport.schedules import schedule_sigmas
-    from diffexport_cli.output import find_bundle, megabytes, print_json, worst_of
+    from diffexport_cli.output import describe_decoder, find_bundle, megabytes, print_json, worst_of
 
     if bundle is not None and is_engine(bundle):
         _inspect_engine(bundle, json)
@@ -50,6 +50,7 @@ def inspect(
         "model": f"{spec.family}, {manifest.parameters / 1e6:.2f} M parameters, {manifest.precision}",
         "samples": " x ".join(map(str, spec.shape)),
         "labels": f"{spec.num_classes}{names if spec.label_names else ''}" if spec.conditional else "none",
+        "decoder": describe_decoder(manifest.decoder, spec).removeprefix("decoder, ") if manifest.decoder else "none",
         "prediction": spec.prediction
         + (", learned variance" if spec.learned_variance else "")
         + (", input scaled by 1/sqrt(1 + sigma^2)" if spec.scaled else "")

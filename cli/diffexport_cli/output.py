@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffexport.bundle import Measurement
+from diffexport.bundle import Decoder, Measurement
 from diffexport.errors import BundleError
+from diffexport.spec import ModelSpec
 
 
 def print_json(value: Any) -> None:
@@ -33,6 +34,17 @@ def worst_of(measurements: Sequence[Measurement], *, runs: bool) -> Measurement:
 
     kind = [m for m in measurements if (m.psnr is not None) == runs]
     return max(kind or measurements, key=severity)
+
+
+def describe_decoder(decoder: Decoder, spec: ModelSpec) -> str:
+    """A bundle's decoder in one line."""
+    image = " x ".join(map(str, (decoder.channels, *(decoder.upscale * side for side in spec.shape[1:]))))
+    shift = f", shifted by {decoder.shift:g}" if decoder.shift else ""
+    tiles = f", tiles of {decoder.tile} pixels above that" if decoder.tile else ""
+    return (
+        f"decoder, {decoder.parameters / 1e6:.2f} M parameters, images {image}{tiles}, "
+        f"latents divided by {decoder.scaling_factor:g}{shift}"
+    )
 
 
 def find_bundle(given: Path | None) -> Path:

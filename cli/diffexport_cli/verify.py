@@ -19,6 +19,9 @@ def verify(
         str | None, typer.Option(help="What the backend computes in, as `diffx sample` takes it.", metavar="P")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="The checkpoint to compare with.", metavar="CKPT")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="With --against: the decoder's folder to compare with.", metavar="FOLDER")
+    ] = None,
     thorough: Annotated[
         bool, typer.Option(help="With --against: whole runs at every batch, for large models too.")
     ] = False,
@@ -30,12 +33,16 @@ def verify(
     """
     from diffexport.backends import BACKENDS
     from diffexport.bundle import Bundle
+    from diffexport.errors import DiffexportError
     from diffexport.verification import verify as verify_bundle
-    from diffexport_cli.checkpoint import read_checkpoint_of
+    from diffexport_cli.checkpoint import read_checkpoint_of, read_decoder
     from diffexport_cli.output import find_bundle, print_json
 
     path = find_bundle(bundle)
+    if vae is not None and against is None:
+        raise DiffexportError("--vae compares the decoder beside the checkpoint; give --against CKPT too")
     with progress_bar("verifying") as progress:
+        decoder = read_decoder(vae)[0] if vae is not None else None
         found = read_checkpoint_of(against, Bundle.open(path).spec) if against is not None else None
         usable = [name for name, entry in BACKENDS.items() if entry.installed and (name != "torch" or found)]
         findings = verify_bundle(
@@ -44,6 +51,7 @@ def verify(
             options={"precision": precision} if precision else None,
             module=found.module if found else None,
             spec=found.spec if found else None,
+            decoder=decoder,
             thorough=thorough,
             progress=progress,
         )
