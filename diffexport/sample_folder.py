@@ -1,7 +1,8 @@
 """A folder of samples, one file each, written as they are drawn, so that a run of any length can stop and go on.
 
     settings.json    what decides the samples: bundle, plan, seed and labels; a run with others is refused
-    000123.png       sample 123: a picture of one or three channels in [-1, 1]; of anything else 000123.npy, as drawn
+    000123.png       sample 123: a picture of one or three channels in [-1, 1]; of anything else 000123.npy, as drawn.
+                     Latents are decoded first where the bundle has a decoder, unless they are wanted as they are
 
 A sample's index is its name, so what is missing is drawn and nothing else, by one process or by several at once. Batches
 start at the same indices in every run, so a run that was interrupted ends with the same bits as one that was not.
@@ -14,12 +15,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.bundle import MANIFEST, Bundle, sha256_of
+from diffexport.decoding import tile_of
 from diffexport.errors import DiffexportError
 from diffexport.files import creating_file, remove_left_overs, replacing_file
 from diffexport.pictures import save_sample
@@ -42,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """In words, for people."""
     rows: str
     """sha256 of the plan's float32 rows and its start."""
+    tile: int | None = None
+    """Pixels on a side of the tiles that latents were decoded in, 0 for whole images; None where nothing was decoded."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def draw_into(
     first: int = 0,
     batch: int | None = None,
     one_call: bool = False,
+    latents: bool = False,
+    tile: int | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Drawn:
     """Draw samples ``first .. first + num - 1`` into a folder, but for those that it holds already.
@@ -72,6 +79,8 @@ def draw_into(
     Args:
         labels: sample first + k has ``labels[k % len(labels)]``; None for a model without labels.
         described: the plan in words.
+        latents: leave latents as they are, although the bundle has a decoder.
+        tile: see ``diffexport.decoding.decode``.
 
     Raises:
         DiffexportError: the folder is of another run or cannot be written, or a backend failed; what was finished stays.
@@ -79,10 +88,17 @@ def draw_into(
     size = sampler.defaults.batch if batch is None else batch
     check_run(seed, first, size)
     turn = None if labels is None else [labels[(k - first) % len(labels)] for k in range(len(labels))]
+    decoder = None if latents else bundle.manifest.decoder
     wanted = Settings(
-        bundle=sha256_of(bundle.path / MANIFEST), seed=seed, labels=turn, plan=described, rows=_digest(plan)
+        bundle=sha256_of(bundle.path / MANIFEST),
+        seed=seed,
+        labels=turn,
+        plan=described,
+        rows=_digest(plan),
+        tile=None if decoder is None else tile_of(decoder, tile) * decoder.upscale,
     )
-    name = "{:06d}.png" if bundle.spec.shape[0] in (1, 3) and len(bundle.spec.shape) == 3 else "{:06d}.npy"
+    channels = bundle.spec.shape[0] if decoder is None else decoder.channels
+    name = "{:06d}.png" if channels in (1, 3) and len(bundle.spec.shape) == 3 else "{:06d}.npy"
     stop, drawn = first + num, 0
     try:
         _claim(folder, wanted)
@@ -91,15 +107,13 @@ def draw_into(
             indices = range(start, min(start + size, stop))
             missing = [index for index in indices if name.format(index) not in there]
             if missing:
-                x = sampler.sample(
-                    None if turn is None else [turn[index % len(turn)] for index in indices],
-                    num=len(indices) if turn is None else None,
-                    plan=plan,
-                    seed=seed,
-                    first=start,
-                    batch=size,
-                    one_call=one_call,
-                )
+                run: dict[str, Any] = dict(plan=plan, seed=seed, first=start, batch=size, one_call=one_call)
+                each = None if turn is None else [turn[index % len(turn)] for index in indices]
+                count = len(indices) if turn is None else None
+                if decoder is None:
+                    x = sampler.sample(each, num=count, **run)
+                else:
+                    x = sampler.images(each, num=count, tile=tile, **run)[1]
                 for index in missing:
                     _save(x[index - start], folder / name.format(index))
                     drawn += 1
@@ -149,7 +163,13 @@ def _claim(folder: Path, wanted: Settings) -> None:
         found = msgspec.json.decode(path.read_bytes(), type=Settings)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DiffexportError(f"{path}: is damaged ({error}); choose another folder") from error
-    for decides, told in (("bundle", "bundle"), ("seed", "seed"), ("labels", "labels"), ("rows", "plan")):
+    for decides, told in (
+        ("bundle", "bundle"),
+        ("seed", "seed"),
+        ("labels", "labels"),
+        ("rows", "plan"),
+        ("tile", "tile"),
+    ):
         if getattr(found, decides) != getattr(wanted, decides):
             there, now = _short(getattr(found, told)), _short(getattr(wanted, told))
             raise DiffexportError(

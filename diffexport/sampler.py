@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffexport.backends.session import Session
 from diffexport.bundle import Defaults
-from diffexport.decoding import OnTile, decode
+from diffexport.decoding import OnTile, decode, tile_of
 from diffexport.errors import BackendError, BundleError, PlanError, ShapeError
 from diffexport.noise import normal
 from diffexport.plan import NOISE, Plan, default_sampler, denoising
@@ -145,13 +145,7 @@ class Sampler:
                     drawn,
                     _counting(on_step, number * len(rows), len(starts) * len(rows)),
                 )
-        if not np.isfinite(out).all():
-            bad = int(np.argwhere(~np.isfinite(out.reshape(count, -1)).all(1))[0, 0])
-            raise BackendError(
-                f"sample {first + bad}: {self.session.backend} returned numbers that are not finite; "
-                "check the bundle with `diffx verify`"
-            )
-        return out
+        return self._finite(out, "sample", first)
 
     def decode(self, x: Array, tile: int | None = None, on_tile: OnTile | None = None) -> Array:
         """Images of samples that are latents, (B, channels, H, W); see ``diffexport.decoding.decode``.
@@ -159,8 +153,41 @@ class Sampler:
         Raises:
             BundleError: the bundle has no decoder.
             ShapeError: a tile that cannot be.
+            BackendError: the backend returned numbers that are not finite.
         """
-        return decode(self.session, self._needed_decoder(), x, tile, on_tile)
+        decoder = self._needed_decoder()
+        with self._turn:
+            return self._finite(decode(self.session, decoder, x, tile, on_tile), "image")
+
+    def images(
+        self,
+        labels: Sequence[int | str] | int | str | None = None,
+        *,
+        tile: int | None = None,
+        one_call: bool = False,
+        on_tile: OnTile | None = None,
+        **settings: Any,
+    ) -> tuple[Array, Array]:
+        """Draw samples and decode them: the latents and their images; arguments are those of ``sample`` and ``decode``.
+
+        With ``one_call`` the graph decodes too, a batch at once, unless the images are to be decoded in tiles.
+        """
+        side = tile_of(self._needed_decoder(), tile)
+        if one_call and not 0 < side < max(self.spec.shape[1:]):
+            batches: list[Array] = []
+            x = self.sample(labels, one_call=True, on_images=batches.append, **settings)
+            return x, self._finite(np.concatenate(batches), "image")
+        x = self.sample(labels, one_call=one_call, **settings)
+        return x, self.decode(x, tile, on_tile)
+
+    def _finite(self, out: Array, what: str, first: int = 0) -> Array:
+        if not np.isfinite(out).all():
+            bad = int(np.argwhere(~np.isfinite(out.reshape(len(out), -1)).all(1))[0, 0])
+            raise BackendError(
+                f"{what} {first + bad}: {self.session.backend} returned numbers that are not finite; "
+                "check the bundle with `diffx verify`"
+            )
+        return out
 
     def _needed_decoder(self) -> DecoderSpec:
         if self.decoder is None:

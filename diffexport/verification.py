@@ -217,7 +217,9 @@ def _against(
         )
     )
     findings = [facts, _source("weights of the checkpoint", module, manifest.source)]
-    if decoder is not None and manifest.decoder is not None:
+    if decoder is not None and manifest.decoder is None:
+        findings.append(Finding("weights of the decoder", False, "the bundle has no decoder"))
+    elif decoder is not None and manifest.decoder is not None:
         findings.append(_source("weights of the decoder", decoder, manifest.decoder.source))
     if spec.shape != manifest.model.shape or spec.num_classes != manifest.model.num_classes:
         return findings

@@ -7,6 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from refusals import assert_refused
 
 import diffexport
 from diffexport.backends.onnxruntime import run_graph
@@ -159,3 +161,82 @@ def test_the_tile_of_a_call_goes_before_the_bundles():
     for wrong in (-8, 100, 8):
         with pytest.raises(ShapeError, match=f"tile {wrong}: expected a multiple of 8 pixels, at least 32"):
             tile_of(decoder, wrong)
+
+
+@pytest.fixture
+def latent_dit(tmp_path):
+    """An official DiT of latents and an AutoencoderKL of diffusers', as files in an empty folder."""
+    from diffusers import AutoencoderKL
+
+    from diffexport_reference.official_dit import OfficialDiT
+
+    torch.manual_seed(0)
+    network = OfficialDiT(input_size=8, hidden_size=24, depth=1, num_heads=2, num_classes=10)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(network.state_dict(), tmp_path / "dit.pt")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    vae.eval().requires_grad_(False).save_pretrained(tmp_path / "vae")
+    return vae
+
+
+def test_from_a_checkpoint_and_an_autoencoder_to_pictures(diffx, latent_dit, tmp_path):
+    status, out, _ = diffx("export", "dit.pt", "--heads", 2, "--vae", "vae", "--max-batch", 2)
+    assert (status, "M parameters, images 3 x 32 x 32, latents" in out) == (0, True)
+    assert "latents divided by 0.18215" in diffx("inspect", "dit.diffx")[1]
+    status, out, _ = diffx("verify", "dit.diffx", "--backend", "all", "--against", "dit.pt", "--vae", "vae")
+    assert (status, "weights of the decoder: are those exported" in out) == (0, True)
+
+    run = ("sample", "dit.diffx", "--labels", "1,2,3,4", "--steps", 3, "--guidance-scale", 4)
+    assert diffx(*run, "--out", "grid.png", "--npz", "a.npz")[0] == 0
+    arrays = np.load("a.npz")
+    with torch.no_grad():
+        expected = latent_dit.decode(torch.from_numpy(arrays["x"]) / latent_dit.config.scaling_factor).sample.numpy()
+    assert relative_l2(arrays["images"], expected) < 1e-5
+    with Image.open("grid.png") as picture:
+        shown = np.asarray(picture.crop(picture.getbbox()))
+    pixels = np.clip(np.rint((expected.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255)
+    corners = [shown[top:, left:][:64:2, :64:2] for top, left in ((20, 4), (20, 72), (104, 4), (104, 72))]
+    assert all(np.abs(tile - wanted).max() <= 1 for tile, wanted in zip(corners, pixels, strict=True))
+
+    assert diffx(*run, "--one-call", "--npz", "b.npz")[0] == 0
+    np.testing.assert_allclose(np.load("b.npz")["images"], arrays["images"], atol=1e-4)
+    torch_run = (*run, "--backend", "torch", "--checkpoint", "dit.pt", "--npz", "c.npz")
+    assert_refused(diffx(*torch_run), "give --vae FOLDER")
+    assert diffx(*torch_run, "--vae", "vae")[0] == 0
+    np.testing.assert_allclose(np.load("c.npz")["images"], arrays["images"], atol=1e-4)
+    assert diffx(*run, "--latents", "--npz", "d.npz")[0] == 0
+    assert np.load("d.npz").files == ["x", "labels"]
+
+    for words in ((), ("--one-call",)):
+        assert diffx(*run, "--tile", 16, "--npz", "e.npz", *words)[0] == 0
+        tiled = np.load("e.npz")["images"]
+        assert 1e-3 < relative_l2(tiled, expected) < 0.5  # normalizations of random weights see a part of the image
+    assert diffx(*run, "--out", "pictures/")[0] == 0
+    with Image.open("pictures/000002.png") as picture:
+        assert np.abs(np.asarray(picture) - pixels[2]).max() <= 1
+    assert_refused(diffx(*run, "--tile", 16, "--out", "pictures/"), "another run (tile 0 there, 16 now)")
+
+
+@pytest.mark.parametrize(("name", "words", "message"), [
+    ("plain", ("--latents",), "--latents: "),
+    ("plain", ("--tile", "64"), "has no decoder; leave it out"),
+    ("decoded", ("--tile", "7"), "tile 7: expected a multiple of 2 pixels, at least 8"),
+    ("decoded", ("--vae", "vae"), "runs the bundle; leave it out"),
+])  # fmt: skip
+def test_bad_calls_are_one_line_and_write_nothing(diffx, toy_bundle, tmp_path, name, words, message):
+    assert_refused(diffx("sample", toy_bundle(name).path, *words), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_autoencoder_is_one_line_and_leaves_nothing(diffx, latent_dit, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    assert_refused(diffx("export", "dit.pt", "--heads", 2, "--vae", "nowhere"), "nowhere: config.json cannot be read")
+    assert_refused(diffx("verify", "dit.diffx", "--vae", "vae"), "give --against CKPT too")
+    assert sorted(tmp_path.iterdir()) == before

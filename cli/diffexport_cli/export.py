@@ -23,7 +23,11 @@ def export(
     ] = None,
     vae: Annotated[
         Path | None,
-        typer.Option(help="Folder of the AutoencoderKL whose decoder makes images of the samples.", metavar="FOLDER"),
+        typer.Option(
+            help="Folder of the AutoencoderKL whose decoder makes images of the samples.",
+            show_default="a pipeline's own",
+            metavar="FOLDER",
+        ),
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Short for --precision bf16.")] = False,
@@ -103,7 +107,7 @@ def export(
             found.module,
             found.spec,
             out or Path(checkpoint.resolve().with_suffix(".diffx").name),
-            decoder=read_decoder(vae) if vae is not None else None,
+            decoder=read_decoder(vae or found.vae) if vae or found.vae else None,
             precision=chosen,
             keep_fp32=keep_fp32 or (),
             max_batch=max_batch,

@@ -70,7 +70,21 @@ def sample(
         ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint, for the torch backend.")] = None,
-    one_call: Annotated[bool, typer.Option(help="Run the whole loop inside the graph, in one call a batch.")] = False,
+    vae: Annotated[
+        Path | None, typer.Option(help="The decoder's folder, for the torch backend.", metavar="FOLDER")
+    ] = None,
+    one_call: Annotated[
+        bool, typer.Option(help="Run the whole loop inside the graph, decoder and all, in one call a batch.")
+    ] = False,
+    latents: Annotated[bool, typer.Option("--latents", help="Leave latents as they are, undecoded.")] = False,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            help="Decode larger images in tiles of so many pixels, in less memory; 0 decodes any image whole.",
+            show_default="the bundle's",
+            metavar="PIXELS",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -83,16 +97,21 @@ def sample(
     trajectory: Annotated[
         Path | None, typer.Option(help="Write the run itself: a .gif, or a .png strip; twice the evaluations.")
     ] = None,
-    npz: Annotated[Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32 and labels.")] = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32, labels, and images where decoded.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Draw samples and write them as a PNG, as arrays, or, however many, as a folder of pictures.
+
+    Latents are decoded where the bundle has a decoder.
 
     Example: diffx sample digits.diffx --labels all --per-label 8 --guidance-scale 2 --seed 0 --out grid.png
 
     Example: diffx sample digits.diffx --num 10000 --out samples/
     """
     from diffexport.bundle import Bundle
+    from diffexport.decoding import tile_of
     from diffexport.errors import DiffexportError
     from diffexport.sample_folder import draw_into
     from diffexport_cli.output import find_bundle, print_json
@@ -101,6 +120,10 @@ def sample(
     turn, count = _labels(opened.spec, labels, num, per_label)
     options = plan_options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
     plan = opened.plan(sampler, steps, guidance_scale, **options)
+    if opened.manifest.decoder is None and (latents or tile is not None):
+        raise DiffexportError(f"{'--latents' if latents else '--tile'}: {opened.path} has no decoder; leave it out")
+    if opened.manifest.decoder is not None:
+        tile_of(opened.manifest.decoder, tile)  # a tile that cannot be is said before the work
     run: dict[str, Any] = {"plan": plan, "seed": seed, "first": first, "batch": batch, "one_call": one_call}
     folder = Path(out) if out is not None and (out.endswith("/") or Path(out).is_dir()) else None
     frames = _Frames(opened.spec, plan, trajectory) if trajectory is not None else None
@@ -110,27 +133,32 @@ def sample(
         progress_bar("sampling") as progress,
         opened.sampler(
             backend,
-            **_backend_options(opened.spec, backend, checkpoint, threads=threads, precision=precision, mode=mode),
+            **_backend_options(opened.spec, backend, checkpoint, vae, threads=threads, precision=precision, mode=mode),
         ) as s,
     ):
         started, kept = time.perf_counter(), 0
         if folder is not None:
             described = _described(opened.manifest.defaults, sampler, steps, guidance_scale, options)
-            done = draw_into(folder, opened, s, labels=turn, num=count, described=described, progress=progress, **run)
+            run |= {"labels": turn, "num": count, "described": described, "latents": latents, "tile": tile}
+            done = draw_into(folder, opened, s, progress=progress, **run)
             seconds, kept, written = time.perf_counter() - started, done.kept, [f"{folder}/"]
         else:
             wanted = None if turn is None else [turn[k % len(turn)] for k in range(count)]
-            x = s.sample(
-                wanted,
-                num=count if wanted is None else None,
-                on_step=lambda done, total: progress("sampling", done / total),
-                on_state=frames.keep if frames is not None else None,
-                **run,
-            )
+            run |= {
+                "num": count if wanted is None else None,
+                "on_step": lambda done, total: progress("sampling", done / total),
+                "on_state": frames.keep if frames is not None else None,
+            }
+            if opened.manifest.decoder is not None and not latents:
+                x, images = s.images(
+                    wanted, tile=tile, on_tile=lambda done, total: progress("decoding", done / total), **run
+                )
+            else:
+                x, images = s.sample(wanted, **run), None
             seconds = time.perf_counter() - started
             picture = f"{opened.manifest.name}.png" if out is None and npz is None and frames is None else out
             columns = len(turn) if turn is not None and per_label else None
-            written = _write(opened.spec, x, wanted, Path(picture) if picture else None, npz, columns)
+            written = _write(opened.spec, x, images, wanted, Path(picture) if picture else None, npz, columns)
             written += [frames.write()] if frames is not None else []
         device = s.session.device
     result: dict[str, Any] = {
@@ -227,22 +255,33 @@ def _described(
     return ", ".join(words + [f"{name} {value}" for name, value in options.items()])
 
 
-def _backend_options(spec: ModelSpec, backend: str, checkpoint: Path | None, **given: Any) -> dict[str, Any]:
+def _backend_options(
+    spec: ModelSpec, backend: str, checkpoint: Path | None, vae: Path | None, **given: Any
+) -> dict[str, Any]:
     from diffexport.errors import BackendError
-    from diffexport_cli.checkpoint import read_checkpoint_of
+    from diffexport_cli.checkpoint import read_checkpoint_of, read_decoder
 
     options = {name: value for name, value in given.items() if value is not None}
     if options.get("threads", 1) < 1:
         raise BackendError(f"--threads {options['threads']}: expected at least 1")
+    for flag, path in (("--checkpoint", checkpoint), ("--vae", vae)):
+        if path is not None and backend != "torch":
+            raise BackendError(f"{flag} {path}: backend {backend!r} runs the bundle; leave it out")
     if checkpoint is not None:
-        if backend != "torch":
-            raise BackendError(f"--checkpoint {checkpoint}: backend {backend!r} runs the bundle; leave it out")
         options["module"] = read_checkpoint_of(checkpoint, spec).module
+    if vae is not None:
+        options["decoder"] = read_decoder(vae)[0]
     return options
 
 
 def _write(
-    spec: ModelSpec, x: Any, labels: list[int] | None, out: Path | None, npz: Path | None, columns: int | None
+    spec: ModelSpec,
+    x: Array,
+    images: Array | None,
+    labels: list[int] | None,
+    out: Path | None,
+    npz: Path | None,
+    columns: int | None,
 ) -> list[str]:
     """Write what was asked for; the paths, in order."""
     import numpy as np
@@ -252,12 +291,14 @@ def _write(
     from diffexport.pictures import save_samples
 
     arrays: dict[str, Any] = {"x": x} if labels is None else {"x": x, "labels": np.array(labels, np.int64)}
+    if images is not None:
+        arrays["images"] = images
     names = [spec.label_name(k) for k in labels] if labels is not None else None
     written = []
     try:
         if out is not None:
             with replacing_file(out) as work:
-                save_samples(x, work, names, columns)
+                save_samples(x if images is None else images, work, names, columns)
             written.append(str(out))
         if npz is not None:
             with replacing_file(npz) as work, work.open("wb") as file:

@@ -101,6 +101,11 @@ class HostSession(ABC):
     def close(self) -> None:
         self._state = None
 
+    def _forget_calls(self) -> None:
+        """Let go of every prepared call, and so of the graphs that they run."""
+        if self._state is not None:
+            self._state.calls.clear()
+
     def _begun(self) -> _State:
         assert self._state is not None, "begin() comes before step() and state()"
         return self._state
