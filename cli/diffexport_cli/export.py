@@ -103,11 +103,12 @@ def export(
             weights=weights,
         )
         found = read_checkpoint(checkpoint, **facts)
+        folder = vae or found.vae
         bundle = export_bundle(
             found.module,
             found.spec,
             out or Path(checkpoint.resolve().with_suffix(".diffx").name),
-            decoder=read_decoder(vae or found.vae) if vae or found.vae else None,
+            decoder=read_decoder(folder) if folder is not None else None,
             precision=chosen,
             keep_fp32=keep_fp32 or (),
             max_batch=max_batch,

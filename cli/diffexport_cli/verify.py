@@ -42,8 +42,9 @@ def verify(
     if vae is not None and against is None:
         raise DiffexportError("--vae compares the decoder beside the checkpoint; give --against CKPT too")
     with progress_bar("verifying") as progress:
-        decoder = read_decoder(vae)[0] if vae is not None else None
         found = read_checkpoint_of(against, Bundle.open(path).spec) if against is not None else None
+        folder = vae or (found.vae if found is not None and Bundle.open(path).manifest.decoder is not None else None)
+        decoder = read_decoder(folder)[0] if folder is not None else None
         usable = [name for name, entry in BACKENDS.items() if entry.installed and (name != "torch" or found)]
         findings = verify_bundle(
             path,
