@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     import onnx_ir
     import torch
 
+TRACED_OPSET = 20
+"""Above it the exporter writes GroupNormalization, whose result ONNX's own inference of types does not know."""
+
 OPSET = 22
-"""The oldest opset whose convolutions may be bfloat16; ONNX Runtime, OpenVINO and TensorRT all take it."""
+"""What the graphs declare: the oldest opset whose convolutions may be bfloat16. ONNX Runtime, OpenVINO and TensorRT take
+it, and what a traced network is made of means the same in both."""
 
 BATCH = "batch"
 LATENT_SIDES = ("height", "width")
@@ -106,7 +110,7 @@ def _traced(
                 module.eval(),
                 tuple(args.values()),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=TRACED_OPSET,
                 dynamic_shapes=tuple(axes for _ in args),
                 input_names=[f"{scope}.{name}" for name in args],
                 output_names=[f"{scope}.out"],
@@ -121,6 +125,7 @@ def _traced(
     assert program is not None
     model = program.model
     _simplify(model)
+    model.graph.opset_imports[""] = OPSET
     _clean(model, scope)
     return model
 
