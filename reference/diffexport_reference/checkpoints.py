@@ -31,7 +31,7 @@ from diffexport_reference.facts import (
     given_facts,
     guided,
 )
-from diffexport_reference.families import Args, Family, Shapes, by_class, recognise
+from diffexport_reference.families import Args, Family, Shapes, by_class, lacks, recognise
 from diffexport_reference.weights import State, a, check_names, read_content, select_state, sound_state
 
 _VARIANCES: dict[bool | None, Variance] = {None: "small", False: "large", True: "learned"}
@@ -180,7 +180,12 @@ def _read_own(content: Mapping[str, Any], flags: Facts, weights: str | None) -> 
 
 
 def _read_bare(path: Path, stored: Mapping[str, Any], flags: Facts, notes: list[str]) -> Checkpoint:
-    family = recognise(stored)
+    try:
+        family = recognise(stored)
+    except CheckpointError as error:
+        if (path.parent / "config.json").is_file():
+            raise CheckpointError(f"{error}; a config.json lies beside it: give the folder {path.parent}") from error
+        raise
     beside = facts_beside(path)
     facts = {**beside, **flags}
     if used := [name for name in beside if name not in flags]:
@@ -216,7 +221,12 @@ def _make(
         CheckpointError: the weights are not those of the family.
     """
     shapes = Shapes({name: tuple(value.shape) for name, value in state.items()})
-    args = family.read(shapes, facts)
+    try:
+        args = family.read(shapes, facts)
+    except CheckpointError as error:
+        if problems := lacks(family, shapes):
+            raise CheckpointError(f"looks like {a(family.name)}, but {problems}") from error
+        raise
     missing = [f"{FLAGS[ask.flag]} {ask.values(shapes)}" for ask in family.asks if args[ask.arg] is None]
     missing += [flag for name, flag in SPEC_FLAGS.items() if known is not None and name not in known]
     if missing:

@@ -6,7 +6,9 @@ that the file does not hold.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,7 @@ from diffexport_reference.model import (
 )
 from diffexport_reference.official_dit import GUIDED_CHANNELS, PUBLISHED_HEADS, OfficialDiT
 from diffexport_reference.unet import Unet
+from diffexport_reference.weights import a, name_problems
 
 Args = dict[str, Any]
 
@@ -87,39 +90,68 @@ class Family:
     name: str
     model_class: str
     """Its name in diffexport's own checkpoints."""
-    markers: tuple[str, ...]
-    """First parts of its tensors' names."""
+    smallest: Args
+    """Arguments of a small model that has every part, whose tensors' names tell the family."""
     read: Callable[[Shapes, Mapping[str, Any]], Args]
     """Constructor's arguments from shapes and given facts; what an ``Ask`` names is None where it was not given."""
     build: Callable[[Args, Shapes], nn.Module]
+    optional: tuple[str, ...] = ()
+    """Beginnings of the names of parts that a model of the family can be without."""
     asks: tuple[Ask, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the spec that are the same for all models of the family."""
 
 
 def recognise(names: Iterable[str]) -> Family:
-    """The family that a state dict is of: most of its markers are there, and most names carry one.
+    """The family that shares most of its tensors' names with a state dict, numbers in them left out.
 
     Raises:
-        CheckpointError: none.
+        CheckpointError: none shares half of them; says the nearest and what it lacks.
     """
     names = list(names)
-
-    def share(family: Family) -> float:
-        present = [m for m in family.markers if any(_carries(name, m) for name in names)]
-        marked = sum(any(_carries(name, m) for m in family.markers) for name in names)
-        return len(present) if 2 * len(present) > len(family.markers) and 2 * marked > len(names) else 0
-
-    best = max(FAMILIES, key=share)
-    if not names or not share(best):
-        first = ", ".join(names[:3]) or "none"
-        known = ", ".join(family.name for family in FAMILIES)
-        raise CheckpointError(f"not a model that is known here; its tensors begin with {first}; known are {known}")
-    return best
+    shares = {family.name: _share(family, names) for family in FAMILIES}
+    best = max(FAMILIES, key=lambda family: shares[family.name])
+    expected, in_common = shares[best.name]
+    if in_common >= 0.5:
+        return best
+    first = ", ".join(names[:3]) or "none"
+    known = ", ".join(family.name for family in FAMILIES)
+    nearest = f"; the nearest is {a(best.name)}, but {lacks(best, names)}" if expected else ""
+    raise CheckpointError(f"not a model that is known here; its tensors begin with {first}{nearest}; known are {known}")
 
 
-def _carries(name: str, marker: str) -> bool:
-    return name == marker or name.startswith(f"{marker}.")
+def lacks(family: Family, names: Iterable[str]) -> str:
+    """What a state dict of these names lacks to be of a family, and has too much; empty where that is nothing."""
+    names = list(names)
+    known, found = {_unnumbered(name) for name in _tensors(family.model_class)}, {_unnumbered(name) for name in names}
+    missing = [
+        name
+        for name in _tensors(family.model_class)
+        if _unnumbered(name) not in found and not name.startswith(family.optional)
+    ]
+    return "; ".join(name_problems(missing, [name for name in names if _unnumbered(name) not in known]))
+
+
+def _share(family: Family, names: list[str]) -> tuple[float, float]:
+    """The part of these names that the family has too, then what both have of all that either has.
+
+    The first alone decides between families where one is the other with more parts.
+    """
+    known, found = {_unnumbered(name) for name in _tensors(family.model_class)}, {_unnumbered(name) for name in names}
+    both = len(known & found)
+    return both / max(len(found), 1), both / len(known | found)
+
+
+@functools.cache
+def _tensors(model_class: str) -> tuple[str, ...]:
+    """The names in the smallest model of a family that has all its parts."""
+    family = by_class(model_class)
+    with torch.device("meta"):
+        return tuple(family.build(family.smallest, Shapes({"data": (1, 1)})).state_dict())
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def by_class(model_class: Any) -> Family:
@@ -243,20 +275,27 @@ def _divisor(table: str) -> Callable[[Shapes], str]:
     return lambda shapes: f"N, a divisor of the width {shapes.dims(table, 4)[0]}"
 
 
+_OPTIONAL = ("cond_embed.", "sig_embed.mlp.4.")
+_EMBEDDED: Args = {"sig_embed": "TimestepEmbedder", "num_classes": 1, "cond_mlp": True}
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="DiT",
         model_class="DiT",
-        markers=("x_embed", "sig_embed", "blocks", "final_norm", "final_linear"),
+        smallest={"in_dim": 1, "channels": 1, "patch_size": 1, "depth": 1, "head_dim": 4, "num_heads": 1} | _EMBEDDED,
         read=_read_dit,
+        optional=_OPTIONAL,
         build=lambda args, _: _embedded(DiT, args["head_dim"] * args["num_heads"], args),
         asks=(Ask("num_heads", "heads", _divisor("x_embed.proj.weight")),),
     ),
     Family(
         name="U-Net",
         model_class="Unet",
-        markers=("conv_in", "sig_embed", "downs", "mid", "ups", "out_layer"),
+        smallest={"in_dim": 2, "in_ch": 1, "out_ch": 1, "ch": 32, "ch_mult": [1, 2], "embed_ch_mult": 1}
+        | {"num_res_blocks": 1, "attn_resolutions": [1, 2]}
+        | _EMBEDDED,
         read=_read_unet,
+        optional=_OPTIONAL,
         build=lambda args, _: _embedded(Unet, args["ch"] * args["embed_ch_mult"], args),
         asks=(
             Ask("in_dim", "image_size", lambda shapes: f"N, a multiple of {2 ** (shapes.count('downs') - 1)} pixels"),
@@ -265,21 +304,21 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="MLP",
         model_class="TimeInputMLP",
-        markers=("net",),
+        smallest={"dim": 1, "hidden_dims": [1]},
         read=_read_mlp,
         build=lambda args, _: TimeInputMLP(**args),
     ),
     Family(
         name="conditional MLP",
         model_class="ConditionalMLP",
-        markers=("net", "cond_embed"),
+        smallest={"dim": 1, "hidden_dims": [1], "cond_dim": 1, "num_classes": 1},
         read=_read_mlp,
         build=lambda args, _: ConditionalMLP(**args),
     ),
     Family(
         name="official DiT",
         model_class="OfficialDiT",
-        markers=("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer"),
+        smallest={"input_size": 1, "patch_size": 1, "hidden_size": 4, "depth": 1, "num_heads": 1, "num_classes": 1},
         read=_read_official,
         build=lambda args, _: OfficialDiT(**args),
         asks=(Ask("num_heads", "heads", _divisor("x_embedder.proj.weight")),),
@@ -296,7 +335,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="ideal denoiser",
         model_class="IdealDenoiser",
-        markers=("data",),
+        smallest={},
         read=_read_ideal,
         build=lambda _, shapes: IdealDenoiser(torch.empty(shapes.dims("data", 2, 4))),
         facts={"prediction": "eps", "scaled": False},

@@ -445,3 +445,80 @@ def test_every_family_is_recognised_by_its_own_name():
     assert (
         len({family.name for family in FAMILIES}) == len({family.model_class for family in FAMILIES}) == len(FAMILIES)
     )
+
+
+def _renamed(state, old, new):
+    return {name.replace(old, new): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "official_dit",
+            lambda s: {k: v for k, v in s.items() if "blocks.1" not in k} | {"head.weight": torch.zeros(1)},
+            "looks like an official DiT, but head.weight is not expected",
+        ),
+        (
+            "official_dit",
+            lambda s: _renamed(s, "pos_embed", "position"),
+            "looks like an official DiT, but pos_embed is missing; position is not expected",
+        ),
+        (
+            "sd_dit_cond",
+            lambda s: _renamed(s, "attn.qkv", "attention.in"),
+            "looks like a DiT, but blocks.0.attn.qkv.weight, blocks.0.attn.qkv.bias, blocks.1.attn.qkv.weight (and 1 more) "
+            "are missing; blocks.0.attention.in.bias, blocks.0.attention.in.weight, blocks.1.attention.in.bias (and 1 "
+            "more) are not expected",
+        ),
+        (
+            "sd_unet",
+            lambda s: _renamed(_renamed(_renamed(s, "downs.", "encoder."), "ups.", "decoder."), "mid.", "middle."),
+            "the nearest is a U-Net, but downs.0.blocks.0.0.layer1.0.weight, downs.0.blocks.0.0.layer1.0.bias",
+        ),
+    ],
+)
+def test_half_matching_weights_name_the_nearest_family_and_what_differs(tmp_path, file, change, message):
+    state = change(safetensors.torch.load_file(ORACLES / f"{file}.safetensors"))
+    facts = {"official_dit": {"heads": 4}, "sd_dit_cond": {**FACTS, "heads": 2}}.get(file, FACTS)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(saved(tmp_path, state), **facts)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("asked", "channels"), [(None, 3), ("all", None), (2, 2), ("4", None)])
+def test_guidance_acts_on_the_channels_that_are_asked_for(tmp_path, asked, channels):
+    path = tmp_path / "dit.pt"
+    torch.save(safetensors.torch.load_file(ORACLES / "official_dit.safetensors"), path)
+    assert load_checkpoint(path, heads=4, guidance_channels=asked)[1].guided_channels == channels
+    if asked:
+        (tmp_path / "dit.json").write_text(json.dumps({"guidance_channels": asked, "heads": 4}))
+        assert load_checkpoint(path)[1].guided_channels == channels
+
+
+@pytest.mark.parametrize(
+    ("file", "facts", "message"),
+    [
+        (
+            "official_dit",
+            {"heads": 4, "guidance_channels": 5},
+            "--guidance-channels 5: this model has 4; expected 1..4",
+        ),
+        (
+            "official_dit",
+            {"heads": 4, "guidance_channels": 0},
+            "--guidance-channels 0: this model has 4; expected 1..4",
+        ),
+        (
+            "official_dit",
+            {"heads": 4, "guidance_channels": "rgb"},
+            "--guidance-channels rgb: expected all, or a number",
+        ),
+        ("official_dit", {"heads": 4, "null_label": "last"}, "--null-label last: this checkpoint has no such thing"),
+        ("sd_mlp", {**FACTS, "guidance_channels": "all"}, "--guidance-channels all: this model cannot be guided"),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused(file, facts, message):
+    with pytest.raises(SpecError, match=message):
+        load_checkpoint(ORACLES / f"{file}.safetensors", **facts)
