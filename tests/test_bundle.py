@@ -252,6 +252,15 @@ def test_a_module_whose_batch_is_fixed_is_refused(toy, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bundle_checked_at_batch_one_alone_verifies(toy, tmp_path):
+    """As that of every large model is, whose whole runs are compared at the smallest batch."""
+    module, spec = toy("plain")
+    bundle = diffexport.export(module, spec, tmp_path / "x.diffx", max_batch=1)
+    assert len(bundle.golden()["run.x"]) == 1
+    findings = diffexport.verify(bundle.path)
+    assert all(finding.passed for finding in findings), findings
+
+
 def test_an_export_replaces_a_bundle_but_nothing_else(toy, tmp_path):
     out = tmp_path / "again.diffx"
     diffexport.export(*toy("points"), out, max_batch=2)

@@ -46,9 +46,11 @@ def _need_torch() -> None:
         raise BackendError("reading a checkpoint needs PyTorch; pip install 'diffexport[export]'")
 
 
-def read_checkpoint_of(path: Path, spec: ModelSpec) -> Checkpoint:
+def read_checkpoint_of(path: Path, spec: ModelSpec, weights: str | None = None) -> Checkpoint:
     """The checkpoint that a bundle is of; what a bare state dict does not tell is taken from the bundle's spec."""
-    chosen = {"guidance_channels": spec.guided_channels or "all"} if spec.guidable else {}
+    chosen: dict[str, Any] = {"weights": weights}
+    if spec.guidable:
+        chosen["guidance_channels"] = spec.guided_channels or "all"
     try:
         return read_checkpoint(path, **chosen)
     except SpecError:

@@ -22,6 +22,9 @@ def verify(
     vae: Annotated[
         Path | None, typer.Option(help="With --against: the decoder's folder to compare with.", metavar="FOLDER")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="With --against: ema or model, of a snapshot that holds both.")
+    ] = None,
     thorough: Annotated[
         bool, typer.Option(help="With --against: whole runs at every batch, for large models too.")
     ] = False,
@@ -42,7 +45,7 @@ def verify(
     if vae is not None and against is None:
         raise DiffexportError("--vae compares the decoder beside the checkpoint; give --against CKPT too")
     with progress_bar("verifying") as progress:
-        found = read_checkpoint_of(against, Bundle.open(path).spec) if against is not None else None
+        found = read_checkpoint_of(against, Bundle.open(path).spec, weights) if against is not None else None
         folder = vae or (found.vae if found is not None and Bundle.open(path).manifest.decoder is not None else None)
         decoder = read_decoder(folder)[0] if folder is not None else None
         usable = [name for name, entry in BACKENDS.items() if entry.installed and (name != "torch" or found)]

@@ -16,7 +16,7 @@ from diffexport.schedules import DEFAULT_SCHEDULES, Schedule
 from diffexport.spec import ModelSpec
 from diffexport_reference import IdealDenoiser, OfficialDiT
 from diffexport_reference.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
-from diffexport_reference.families import FAMILIES
+from diffexport_reference.families import FAMILIES, Shapes, recognise
 
 DDPM = DEFAULT_SCHEDULES["ddpm"]
 FACTS = {"prediction": "eps", "scaled": False, "schedule": "ddpm"}
@@ -91,6 +91,22 @@ def test_width_tells_the_heads_of_published_sizes(tmp_path):
     path = saved(tmp_path, OfficialDiT(**args).state_dict())
     assert load_checkpoint(path)[1].architecture["num_heads"] == 6
     assert load_checkpoint(path, heads=4)[1].architecture["num_heads"] == 4
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize(("depth", "width", "heads"), [(28, 1152, 16), (24, 1024, 16), (12, 768, 12), (12, 384, 6)])
+def test_tensors_tell_all_of_the_twelve_published_sizes(depth, width, heads, patch, learn_sigma):
+    """And of any latent side and number of classes; shapes alone, since the largest has 675 M parameters."""
+    args = {"input_size": 8 * patch, "patch_size": patch, "in_channels": 4, "hidden_size": width, "depth": depth}
+    args |= {"num_heads": heads, "mlp_ratio": 4.0, "num_classes": 7 * patch, "learn_sigma": learn_sigma}
+    with torch.device("meta"):
+        tensors = OfficialDiT(**args).state_dict()
+    family = recognise(tensors)
+    assert (family.name, family.read(Shapes({k: tuple(v.shape) for k, v in tensors.items()}), {})) == (
+        "official DiT",
+        args,
+    )
 
 
 def snapshot(tmp_path, **more):
