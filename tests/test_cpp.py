@@ -58,12 +58,6 @@ class Built:
         assert not check or done.returncode == 0, done.stderr
         return done
 
-    def sample(self, bundle, folder, *words):
-        """The images that diffx-sample draws."""
-        out = folder / "out.npy"
-        self.run("diffx-sample", bundle.path, "--npy", out, *words)
-        return np.load(out)
-
 
 @pytest.fixture(scope="session")
 def cpp():
@@ -86,12 +80,13 @@ def family_bundle(tmp_path_factory):
 
     made = {}
 
-    def make(name):
-        if name not in made:
+    def make(name, precision="fp32"):
+        if (name, precision) not in made:
             weights, facts = FAMILIES[name]
             module, spec = load_checkpoint(ORACLES / f"{weights}.safetensors", **facts)
-            made[name] = diffexport.export(module, spec, tmp_path_factory.mktemp("families") / f"{weights}.diffx")
-        return made[name]
+            out = tmp_path_factory.mktemp("families") / f"{weights}.diffx"
+            made[name, precision] = diffexport.export(module, spec, out, precision=precision, max_batch=2)
+        return made[name, precision]
 
     return make
 
@@ -105,17 +100,16 @@ def assert_same_images(cpp, bundle, folder, steps, backend="ort"):
     """Every sampler, with guidance where the model allows it: C++ and Python agree to 1e-5."""
     names = plans_of(bundle)
     assert len(names) >= 5
-    words = ["--backend", backend, "--seed", 2**40 + 3, "--first", 5, "--num", 5, "--batch", 2, "--steps", steps]
+    scale = 2.5 if bundle.spec.guidable else 1.0
+    cpp.run("tests/diffx-draw", bundle.path, backend, steps, scale, folder / "drawn", *names)
+    drawn = np.fromfile(folder / "drawn", np.float32).reshape(len(names), 5, -1)
     with bundle.sampler(backend, threads=1) as sampler:
-        for name in names:
-            scale = 2.5 if bundle.spec.guidable else 1.0
+        for name, found in zip(names, drawn, strict=True):
             options = {"sampler": name, "steps": steps, "guidance_scale": scale}
             expected = sampler.sample(num=5, batch=2, seed=2**40 + 3, first=5, **options)
             if sampler.decoder is not None:
                 expected = sampler.decode(expected)
-            found = cpp.sample(bundle, folder, *words, "--sampler", name, "--guidance-scale", scale)
-            assert found.dtype == np.float32
-            assert found.shape == expected.shape
+            expected = expected.reshape(5, -1)
             assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected), name
 
 
@@ -129,10 +123,23 @@ def test_every_sampler_gives_the_images_of_python(cpp, toy_bundle, tmp_path, nam
     assert_same_images(cpp, toy_bundle(name), tmp_path, 10)
 
 
-@pytest.mark.parametrize("backend", ["ort", "openvino"])
+@pytest.mark.parametrize(("precision", "backend"), [("fp32", "ort"), ("fp16", "ort"), ("fp32", "openvino")])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name, backend):
-    assert_same_images(cpp, family_bundle(name), tmp_path, 5, backend)
+def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name, precision, backend):
+    assert_same_images(cpp, family_bundle(name, precision), tmp_path, 5, backend)
+
+
+def test_diffx_sample_takes_the_words_of_diffx_sample(cpp, diffx, toy_bundle):
+    """The same words give the same images; labels by name, too."""
+    words = [toy_bundle("variance").path, "--labels", "bee,3-4,ant", "--steps", 5, "--sampler", "ddpm", "--seed", 7]
+    words += ["--guidance-scale", 3, "--first", 2, "--batch", 3, "--num", 5, "--threads", 1, "--backend", "ort"]
+    assert diffx("sample", *words, "--npz", "python.npz")[0] == 0
+    told = json.loads(cpp.run("diffx-sample", *words, "--npy", "cpp.npy", "--json").stdout)
+    assert (told["samples"], told["device"], told["written"]) == (5, "CPU", ["cpp.npy"])
+    expected = np.load("python.npz")["x"]
+    found = np.load("cpp.npy")
+    assert (found.dtype, found.shape) == (np.dtype(np.float32), expected.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_example_of_the_documentation_compiles_and_runs(cpp, family_bundle):

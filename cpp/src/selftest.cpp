@@ -29,13 +29,15 @@ const Limits& limits_of(const Manifest& manifest) {
     throw error(DIFFX_BUNDLE_ERROR, "precision '", manifest.precision, "': this diffx knows no limits for it");
 }
 
-Finding compared(std::string name, std::span<const float> found, std::span<const float> expected) {
-    double error = 0, scale = 0, largest = 0;
+/// at_least: what the error is taken relative to where that is larger than the expected itself.
+Finding compared(std::string name, std::span<const float> found, std::span<const float> expected, double at_least = 0) {
+    double error = 0, scale = at_least * at_least, largest = 0, square = 0;
     for (std::size_t k = 0; k < expected.size(); ++k) {
         const double difference = static_cast<double>(found[k]) - expected[k];
-        error += difference * difference, scale += static_cast<double>(expected[k]) * expected[k];
+        error += difference * difference, square += static_cast<double>(expected[k]) * expected[k];
         largest = std::isnan(difference) ? difference : std::max(largest, std::abs(difference));
     }
+    scale = std::max(scale, square);
     const auto [low, high] = std::ranges::minmax(expected);
     const double peak = static_cast<double>(high) - low, mse = error / static_cast<double>(expected.size());
     const double psnr = mse == 0 ? std::numeric_limits<double>::infinity() : 10 * std::log10(peak * peak / mse);
@@ -43,8 +45,9 @@ Finding compared(std::string name, std::span<const float> found, std::span<const
 }
 
 /// A comparison that is held to a relative error.
-Finding held(std::string name, std::span<const float> found, std::span<const float> expected, double limit, double seconds) {
-    Finding finding = compared(std::move(name), found, expected);
+Finding held(std::string name, std::span<const float> found, std::span<const float> expected, double limit, double seconds,
+             double at_least = 0) {
+    Finding finding = compared(std::move(name), found, expected, at_least);
     finding.limit = limit;
     finding.passed = finding.relative_l2 <= limit;
     finding.seconds_per_step = seconds;
@@ -129,9 +132,12 @@ std::vector<Finding> selftest(Sampler& sampler) {
             state->step(row);
             state->read(x_next, h_next);
         });
-        for (const auto& [suffix, found] : {std::pair(".x_next", &x_next), std::pair(".h_next", &h_next)}) {
-            findings.push_back(held(name + suffix, *found, cases.floats(name + suffix, numbers), limits.step, seconds));
-        }
+        // Below fp32 an error is taken relative to what an output of unit RMS puts into the result, where that is larger.
+        const double unit = manifest.precision == "fp32" ? 0 : std::abs(row[kCOut]) * std::sqrt(static_cast<double>(numbers));
+        findings.push_back(held(name + ".x_next", x_next, cases.floats(name + ".x_next", numbers), limits.step, seconds,
+                                unit * std::abs(row[kXD])));
+        findings.push_back(held(name + ".h_next", h_next, cases.floats(name + ".h_next", numbers), limits.step, seconds,
+                                unit * std::abs(row[kHD])));
     }
     const auto rows = cases.rows("run.rows");
     const std::size_t batch = cases.batch("run.x"), numbers = batch * manifest.size;

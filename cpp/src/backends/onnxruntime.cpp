@@ -178,6 +178,9 @@ void OrtNetwork::decode(std::span<const float> latents, std::array<std::int64_t,
 } // namespace
 
 std::shared_ptr<Network> open_onnxruntime(const Bundle& bundle, const Options& options) {
+    if (bundle.manifest().precision == "bf16")
+        throw error(DIFFX_BACKEND_ERROR, "backend 'ort': ONNX Runtime has no bfloat16 on a CPU; take --backend openvino, or a "
+                                         "bundle of fp16");
     return std::make_shared<OrtNetwork>(bundle, options, false);
 }
 
