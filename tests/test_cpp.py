@@ -85,7 +85,9 @@ def family_bundle(tmp_path_factory):
             weights, facts = FAMILIES[name]
             module, spec = load_checkpoint(ORACLES / f"{weights}.safetensors", **facts)
             out = tmp_path_factory.mktemp("families") / f"{weights}.diffx"
-            made[name, precision] = diffexport.export(module, spec, out, precision=precision, max_batch=2)
+            made[name, precision] = diffexport.export(
+                module, spec, out, precision=precision, max_batch=2, thorough=False
+            )
         return made[name, precision]
 
     return make

@@ -109,6 +109,13 @@ def _rounded(path: Path) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def _load_as_is(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    """A session of a graph that is optimized: done a second time, fp16 results would not be those of the graph itself."""
+    options = _options(path, threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _create(str(path), path, options)
+
+
 def _load_optimized(path: Path, threads: int | None, rounded: bool, key: str) -> onnxruntime.InferenceSession:
     """A session of the graph as ONNX Runtime optimized it, from the cache, with its weights packed for this processor.
 
@@ -118,11 +125,11 @@ def _load_optimized(path: Path, threads: int | None, rounded: bool, key: str) ->
     entry = cached("ort", key)
     if entry is not None:
         try:
-            return load_graph(entry / _OPTIMIZED, threads)
+            return _load_as_is(entry / _OPTIMIZED, threads)
         except BackendError:
             pass  # a damaged entry is made anew
     entry = put("ort", key, lambda work: _optimize_safely(path, threads, rounded, work))
-    return load_graph(path, threads, rounded=rounded) if entry is None else load_graph(entry / _OPTIMIZED, threads)
+    return load_graph(path, threads, rounded=rounded) if entry is None else _load_as_is(entry / _OPTIMIZED, threads)
 
 
 def _optimize_safely(path: Path, threads: int | None, rounded: bool, folder: Path) -> None:
