@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.errors import BundleError, SpecError
+from diffexport.files import read_regular
+from diffexport.onnx_file import check_graph
 from diffexport.plan import Plan, make_plan
 from diffexport.spec import DecoderSpec, ModelSpec
 
@@ -38,6 +40,12 @@ MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 WEIGHTS, PLANS, GOLDEN = "weights.bin", "plans.safetensors", "golden.safetensors"
 GRAPHS = ("step", "step_plain", "denoiser", "sampler")
 DECODER_GRAPHS = ("decoder", "sampler_decoded")
+
+MAX_JSON = 1 << 26
+MAX_TENSORS = 1 << 29
+"""Most bytes of a JSON file, and of the plans or golden cases, that are read; weights are left to the runtime."""
+
+MAX_BATCH = 1 << 16
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 HALF: tuple[Precision, ...] = ("fp16", "bf16")
@@ -59,6 +67,10 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     steps: int = 20
     guidance_scale: float = 1.0
     batch: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise SpecError(f"batch {self.batch}: expected 1..{MAX_BATCH}")
 
     def plan(
         self,
@@ -105,6 +117,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Versions of what made the graphs."""
     decoder: Decoder | None = None
     """What makes images of the samples, where these are latents."""
+
+    def __post_init__(self) -> None:
+        if not (self.name.isprintable() and self.name == Path(self.name).name and self.name.strip(".")):
+            raise SpecError(f"name {self.name!r}: expected a plain file name")
+        if not 1 <= self.max_batch <= MAX_BATCH:
+            raise SpecError(f"max_batch {self.max_batch}: expected 1..{MAX_BATCH}")
+        if not all(text.isprintable() for tool in self.tools.items() for text in tool):
+            raise SpecError("tools: expected names and versions that can be printed")
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -154,10 +174,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Open a bundle and check every file against the manifest.
+        """Open a bundle, check every file against the manifest, and see that its graphs ask for nothing outside it.
 
         Raises:
-            BundleError: it is missing, of another schema version, or a file is missing or altered.
+            BundleError: it is missing, of another schema version, or a file is missing, altered or not to be trusted.
         """
         path = Path(path)
         if not path.is_dir():
@@ -173,6 +193,8 @@ class Bundle:
         ]
         if missing:
             raise BundleError(f"{path}: the manifest does not list {missing[0]}; export the model again")
+        for name in manifest.graphs:
+            check_graph(path / f"{name}.onnx", path / WEIGHTS)
         return cls(path, manifest)
 
     def graph(self, name: str) -> Path:
@@ -240,12 +262,11 @@ def write_json(path: Path, value: msgspec.Struct) -> None:
 
 def read_tensors(path: Path) -> Tensors:
     """Read a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+        return load(read_regular(path, MAX_TENSORS))
+    except Exception as error:  # safetensors and NumPy have a different exception for every kind of damage
         raise BundleError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
@@ -258,7 +279,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 def _decode(path: Path, kind: type[_Struct]) -> _Struct:
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_JSON)
     except OSError as error:
         raise BundleError(
             f"{path}: cannot be read ({error.strerror}); expected a bundle made by `diffx export`"
@@ -270,7 +291,7 @@ def _decode(path: Path, kind: type[_Struct]) -> _Struct:
                 f"{path}: schema version {schema}, this diffexport reads {SCHEMA}; export the model again"
             )
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, SpecError, AttributeError) as error:
+    except (msgspec.DecodeError, SpecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: not a valid {path.name} ({error}); export the model again") from error
 
 

@@ -17,9 +17,16 @@ library itself are assertions, not members of this tree.
 
 from __future__ import annotations
 
+MAX_MESSAGE = 1000
+"""Characters of a message; files of strangers must not fill a screen."""
+
 
 class DiffexportError(Exception):
-    """Base of all errors that a user can cause; the command line prints it as one line."""
+    """Base of all errors that a user can cause; its text is one line that is safe to print, whatever it quotes."""
+
+    def __str__(self) -> str:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__()[: MAX_MESSAGE + 1])
+        return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
 
 
 class CheckpointError(DiffexportError):

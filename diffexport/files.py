@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -100,6 +101,24 @@ def _exchange(a: Path, b: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a small regular file, reached without a link.
+
+    Raises:
+        OSError: there is none, it is a link, a folder, a pipe or a device, or it has more than ``limit`` bytes.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if path.is_symlink():
+        raise OSError(errno.EINVAL, "a link, not a regular file", str(path))
+    with open(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"{found.st_size} bytes, at most {limit} are read", str(path))
+        return file.read(limit)
 
 
 def remove_left_overs(folder: Path, name: str | None = None) -> None:

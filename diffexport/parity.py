@@ -131,7 +131,7 @@ def _max_abs(found: Array, expected: Array) -> float:
 
 def severity(m: Measurement) -> float:
     """How much of its limit a measurement uses, above 1 where it failed."""
-    if math.isnan(m.relative_l2):
+    if math.isnan(m.relative_l2) or m.limit <= 0:
         return math.inf
     if _held_by_psnr(m):
         return m.limit / m.psnr if m.psnr else 0.0

@@ -37,6 +37,8 @@ COLUMNS = _EVALUATION + _UPDATE
 GUIDANCE = COLUMNS.index("w")
 NOISE = COLUMNS.index("x_z")
 
+MAX_STEPS = 100_000
+
 GRIDS = ("model", "karras", "exponential")
 """How the noise levels of a run are chosen: as the model's own code does, or by a formula between the same ends."""
 
@@ -209,6 +211,8 @@ def noise_levels(spec: ModelSpec, steps: int, grid: str | Sequence[float] = "mod
     else:
         if steps < 1:
             raise PlanError(f"steps {steps}: expected at least 1")
+        if steps > MAX_STEPS:
+            raise PlanError(f"steps {steps}: expected at most {MAX_STEPS}")
         if grid not in GRIDS:
             raise PlanError(f"grid {grid!r}: there is none of this name; {_nearest(grid, GRIDS)}")
         trained = schedule_sigmas(spec.schedule)

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from diffexport.errors import SpecError
 
 Array = NDArray[np.float64]
+MAX_LEVELS = 1_000_000
+
 Kind = Literal["ddpm", "ldm", "sigmoid", "cosine", "loglinear", "flow", "levels"]
 
 
@@ -39,8 +41,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise SpecError(f"schedule levels: got {len(self.levels)} sigmas for N {self.N}")
         elif self.levels:
             raise SpecError(f"schedule {self.kind}: got {len(self.levels)} explicit sigmas, expected none")
-        if self.N < 1:
-            raise SpecError(f"schedule {self.kind}: N is {self.N}, expected at least 1")
+        if not 1 <= self.N <= MAX_LEVELS:
+            raise SpecError(f"schedule {self.kind}: N is {self.N}, expected 1..{MAX_LEVELS}")
         values = schedule_sigmas(self)
         if not (np.isfinite(values).all() and values[0] > 0 and (np.diff(values) > 0).all()):
             raise SpecError(

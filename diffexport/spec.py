@@ -23,6 +23,11 @@ level. improved-diffusion's and the official DiT's: ``respaced``. Those of diffu
 N/S-th from the last."""
 
 
+MAX_NUMBERS = 1 << 26
+"""Of a sample: 3 x 4096 x 4096 and some more."""
+MAX_CLASSES = 1_000_000
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The facts of one trained network ``F(x, c_noise, label)``.
 
@@ -68,8 +73,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if len(self.shape) not in (1, 3) or any(side < 1 for side in self.shape):
             raise SpecError(f"shape {self.shape}: expected (C, H, W) or (D,) with every side at least 1")
-        if self.num_classes < 0:
-            raise SpecError(f"num_classes {self.num_classes}: expected 0 or more")
+        if math.prod(self.shape) > MAX_NUMBERS:
+            raise SpecError(f"shape {self.shape}: expected at most {MAX_NUMBERS} numbers in a sample")
+        if not 0 <= self.num_classes <= MAX_CLASSES:
+            raise SpecError(f"num_classes {self.num_classes}: expected 0..{MAX_CLASSES}")
+        if not all(text.isprintable() for text in (self.family, *self.label_names)):
+            raise SpecError("family, label_names: expected text that can be printed")
         if self.label_names and len(self.label_names) != self.num_classes:
             raise SpecError(f"label_names: got {len(self.label_names)} names for {self.num_classes} classes")
         if self.guided_channels is not None and not 1 <= self.guided_channels <= self.shape[0]:
@@ -79,7 +88,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"prediction {self.prediction!r} with schedule {self.schedule.kind!r}: "
                 "a flow model needs the flow schedule, and only a flow model can use it"
             )
-        if self.clip is not None and not self.clip > 0:
+        if self.clip is not None and not 0 < self.clip < math.inf:
             raise SpecError(f"clip {self.clip}: expected a number above 0")
 
     @property
@@ -160,6 +169,8 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise SpecError(
                 f"decoder of upscale {self.upscale}, channels {self.channels}, tile {self.tile}: expected at least 1"
             )
+        if self.channels * self.upscale**2 > MAX_NUMBERS:
+            raise SpecError(f"decoder of upscale {self.upscale}, channels {self.channels}: expected a smaller image")
         if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0 and math.isfinite(self.shift)):
             raise SpecError(
                 f"decoder of scaling_factor {self.scaling_factor}, shift {self.shift}: expected finite numbers, "

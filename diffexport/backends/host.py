@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexport.backends.session import Array
+from diffexport.errors import BackendError, DiffexportError
 from diffexport.plan import COLUMNS, GUIDANCE, NOISE
 from diffexport.spec import ModelSpec
 
@@ -72,26 +73,29 @@ class HostSession(ABC):
     def step(self, row: Array, z: Array | None = None) -> None:
         state = self._begun()
         graph = "step_plain" if row[GUIDANCE] == 1 else "step"
-        if graph not in state.calls:
-            there, back = (self._prepare(graph, *state.arrays(source)) for source in (0, 1))
-            state.calls[graph] = there, back
         state.row[:] = row
         if row[NOISE] != 0:
             assert z is not None, "a row with noise needs z"
             state.z[:] = z
-        state.calls[graph][state.current]()
+        try:
+            if graph not in state.calls:
+                there, back = (self._prepare(graph, *state.arrays(source)) for source in (0, 1))
+                state.calls[graph] = there, back
+            state.calls[graph][state.current]()
+        except Exception as error:
+            raise self._failure(graph, error) from error
         state.current = 1 - state.current
 
     def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
-        (result,) = self._run("sampler", _loop_feeds(x, label, rows, noise), ["x"])
+        (result,) = self._checked_run("sampler", _loop_feeds(x, label, rows, noise), ["x"])
         return result
 
     def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
-        latents, image = self._run("sampler_decoded", _loop_feeds(x, label, rows, noise), ["x", "image"])
+        latents, image = self._checked_run("sampler_decoded", _loop_feeds(x, label, rows, noise), ["x", "image"])
         return latents, image
 
     def decode(self, x: Array) -> Array:
-        (image,) = self._run("decoder", {"x": x}, ["image"])
+        (image,) = self._checked_run("decoder", {"x": x}, ["image"])
         return image
 
     def state(self) -> tuple[Array, Array]:
@@ -105,6 +109,19 @@ class HostSession(ABC):
         """Let go of every prepared call, and so of the graphs that they run."""
         if self._state is not None:
             self._state.calls.clear()
+
+    def _checked_run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
+        try:
+            return self._run(graph, feeds, wanted)
+        except Exception as error:
+            raise self._failure(graph, error) from error
+
+    def _failure(self, graph: str, error: Exception) -> DiffexportError:
+        """What a runtime raised, each with exceptions of its own, as an error that a user understands."""
+        if isinstance(error, DiffexportError):
+            return error
+        first = (str(error).strip().splitlines() or [""])[0]
+        return BackendError(f"backend {self.backend!r}: {graph} failed ({type(error).__name__}: {first})")
 
     def _begun(self) -> _State:
         assert self._state is not None, "begin() comes before step() and state()"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from diffexport.bundle import WEIGHTS, Bundle, FileEntry, Precision, sha256_of
+from diffexport.bundle import MAX_JSON, WEIGHTS, Bundle, FileEntry, Precision, sha256_of
 from diffexport.engines.profiles import Profile
 from diffexport.errors import EngineError
+from diffexport.files import read_regular
 
 SCHEMA = 1
 FOLDER, RECORD, ENGINE = "engines", "engine.json", "model.engine"
@@ -156,12 +157,12 @@ def read_engine(path: str | Path) -> Engine:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     try:
-        record = msgspec.json.decode((folder / RECORD).read_bytes(), type=EngineRecord)
+        record = msgspec.json.decode(read_regular(folder / RECORD, MAX_JSON), type=EngineRecord)
     except OSError as error:
         raise EngineError(
             f"{folder / RECORD}: cannot be read ({error.strerror}); expected an engine made by `diffx build`"
         ) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"{folder / RECORD}: not a valid record ({error}); build again with `diffx build`") from error
     if record.schema != SCHEMA:
         raise EngineError(f"{folder / RECORD}: schema version {record.schema}, this diffexport reads {SCHEMA}")

@@ -8,7 +8,9 @@ from typing import Any, get_args
 
 import msgspec
 
+from diffexport.bundle import MAX_JSON
 from diffexport.errors import SpecError
+from diffexport.files import read_regular
 from diffexport.schedules import DEFAULT_SCHEDULES, Schedule
 from diffexport.spec import ModelSpec, Prediction
 
@@ -90,8 +92,8 @@ def facts_beside(path: Path) -> Facts:
     if beside == path or not beside.is_file():
         return {}
     try:
-        return given_facts(msgspec.json.decode(beside.read_bytes(), type=dict[str, Any]))
-    except (msgspec.DecodeError, UnicodeDecodeError, SpecError) as error:
+        return given_facts(msgspec.json.decode(read_regular(beside, MAX_JSON), type=dict[str, Any]))
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, SpecError) as error:
         raise SpecError(f"{beside.name} beside it: {error}") from error
 
 

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffexport.bundle import MAX_JSON
 from diffexport.errors import CheckpointError, SpecError
+from diffexport.files import read_regular
 from diffexport.spec import DecoderSpec
 from diffexport_reference.families import Shapes
 from diffexport_reference.weights import check_names, read_content, sound_state
@@ -225,13 +227,13 @@ def load_decoder(folder: str | Path) -> tuple[nn.Module, DecoderSpec]:
 
 def _read_config(folder: Path) -> _Config:
     try:
-        return msgspec.json.decode((folder / "config.json").read_bytes(), type=_Config)
+        return msgspec.json.decode(read_regular(folder / "config.json", MAX_JSON), type=_Config)
     except OSError as error:
         raise CheckpointError(
             f"config.json cannot be read ({error.strerror}); expected the folder of an AutoencoderKL, "
             "with config.json and its weights"
         ) from error
-    except (msgspec.DecodeError, SpecError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, SpecError) as error:
         raise CheckpointError(f"config.json: {error}") from error
 
 

@@ -38,6 +38,8 @@ def read_content(path: Path) -> dict[str, Any]:
         raise CheckpointError("is a folder; give a file of weights")
     if not path.exists():
         raise CheckpointError("no such file")
+    if not path.is_file():
+        raise CheckpointError("is a pipe or a device; expected a file")
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except CheckpointError:
@@ -61,6 +63,8 @@ def _read_pickle(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise CheckpointError("is empty")
     zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _check_archive(path)
     with path.open("rb") as file:
         if not zipped and file.read(2) == b"PK":
             raise CheckpointError("cannot be read, cut short: the end of its archive is missing")
@@ -68,6 +72,22 @@ def _read_pickle(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about storages of old files and TorchScript; what matters is raised
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _check_archive(path: Path) -> None:
+    """PyTorch stores its archives as they are; what is compressed in one could unfold to any size.
+
+    Raises:
+        CheckpointError: an entry is compressed, or all together claim more bytes than the file has.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(f"refused: {packed[0]} in it is compressed, which torch.save does not do; save it again")
+    claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if claimed > size:
+        raise CheckpointError(f"refused: its archive claims {claimed} bytes, the file has {size}")
 
 
 def _refusal(message: str) -> str:
@@ -142,15 +162,33 @@ def _strip(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     return state
 
 
+MAX_GROWTH = 4
+"""How many times the bytes of its storages a state dict may take in float32; eight-bit floats take four."""
+
+SLACK = 1 << 26
+"""Bytes that a state dict may take beyond that, for small files with weights that are tied."""
+
+
 def sound_state(state: Mapping[str, Any]) -> State:
     """The tensors in float32, each checked to be finite floats that are really in the file.
 
     What is float32 already is not copied.
 
     Raises:
-        CheckpointError: names the first tensor that is not.
+        CheckpointError: names the first tensor that is not; or tensors share storage so that they would take many times
+            as much memory as the file.
     """
+    tensors = [value for value in state.values() if isinstance(value, Tensor) and value.layout == torch.strided]
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    taken = 4 * sum(t.numel() for t in tensors if not (t.dtype == torch.float32 and t.is_contiguous()))
+    if taken > MAX_GROWTH * sum(stored.values()) + SLACK and all(_fits(t) for t in tensors):
+        raise CheckpointError(f"its tensors would take {taken} bytes, and are stored in {sum(stored.values())}")
     return {name: _sound(name, value) for name, value in state.items()}
+
+
+def _fits(value: Tensor) -> bool:
+    """Whether a tensor has no more numbers than its storage."""
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _sound(name: str, value: Any) -> Tensor:
@@ -164,7 +202,7 @@ def _sound(name: str, value: Any) -> Tensor:
     if value.numel() == 0:
         raise CheckpointError(f"{name} is empty, of shape {shape}")
     stored = value.untyped_storage().nbytes()
-    if value.numel() * value.element_size() > stored:
+    if not _fits(value):
         raise CheckpointError(f"{name} claims the shape {shape}, of which the file holds {stored} bytes")
     weights: Tensor = value.detach().to(torch.float32).contiguous()
     low, high = weights.aminmax()
