@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
+from diffexport.bundle import MAX_JSON
 from diffexport.errors import BackendError, CheckpointError, SpecError
+from diffexport.files import read_regular
 from diffexport.schedules import DEFAULT_SCHEDULES, schedule_sigmas
 from diffexport.spec import ModelSpec
 from diffexport_reference.facts import SPEC_FLAGS, Facts, check_flags, facts_beside, guided
@@ -195,10 +197,10 @@ def _label_names(id2label: object) -> tuple[str, ...]:
 
 def _json(path: Path) -> Json:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Json)
+        return msgspec.json.decode(read_regular(path, MAX_JSON), type=Json)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror})") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is no JSON object ({error})") from error
 
 
