@@ -48,7 +48,9 @@ def export(
     max_batch: Annotated[int, typer.Option(help="Largest batch that is checked.", metavar="B")] = 16,
     sampler: Annotated[
         str | None,
-        typer.Option(help="Default sampler of the bundle.", show_default="dpmpp-2m; flow euler; official DiT ddim"),
+        typer.Option(
+            help="Default sampler of the bundle.", show_default="dpmpp-2m; flow euler; official DiT, diffusers ddim"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Default number of steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Default guidance weight; 1 is off.")] = 1.0,
