@@ -6,6 +6,7 @@ time: a process never holds them twice.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import re
@@ -120,16 +121,22 @@ def _load_optimized(path: Path, threads: int | None, rounded: bool, key: str) ->
     """A session of the graph as ONNX Runtime optimized it, from the cache, with its weights packed for this processor.
 
     They are mapped into memory, so that they cost neither time to read nor memory of their own. Where the cache cannot be
-    used, the graph itself.
+    used, the graph itself; ONNX Runtime 1.31 also writes some with convolutions in branches, as the loop of a U-Net has,
+    that it does not read, since two values got the same name.
     """
-    entry = cached("ort", key)
-    if entry is not None:
-        try:
-            return _load_as_is(entry / _OPTIMIZED, threads)
-        except BackendError:
-            pass  # a damaged entry is made anew
-    entry = put("ort", key, lambda work: _optimize_safely(path, threads, rounded, work))
-    return load_graph(path, threads, rounded=rounded) if entry is None else _load_as_is(entry / _OPTIMIZED, threads)
+
+    def kept() -> Path | None:
+        return cached("ort", key)
+
+    def made() -> Path | None:
+        return put("ort", key, lambda work: _optimize_safely(path, threads, rounded, work))
+
+    for find in (kept, made):  # a damaged entry is made anew
+        entry = find()
+        if entry is not None:
+            with contextlib.suppress(BackendError):
+                return _load_as_is(entry / _OPTIMIZED, threads)
+    return load_graph(path, threads, rounded=rounded)
 
 
 def _optimize_safely(path: Path, threads: int | None, rounded: bool, folder: Path) -> None:
