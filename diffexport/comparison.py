@@ -163,7 +163,7 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     yield _Job("two rows in one call", "loop", small, _looping(spec), probe_loop(spec, [0]).rows)
 
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
-        return (run_plan(session, spec, plan, len(samples)),)
+        return (run_plan(session, spec, plan, range(len(samples))),)
 
     rows = plan.rows.astype(np.float32)
     guided = f", guidance {plan.rows[0, GUIDANCE]:g}" if spec.guidable else ""

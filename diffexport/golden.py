@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from diffexport.backends.session import Session
 from diffexport.bundle import HALF, Measurement, Precision, Tensors
 from diffexport.errors import BundleError
 from diffexport.parity import amplification, measure_run, measure_step, typical_amplification
-from diffexport.plan import COLUMNS, Plan, denoise_rows
+from diffexport.plan import COLUMNS, GUIDANCE, Plan, denoise_rows
 from diffexport.probes import (
     LEVELS,
     mixing_row,
@@ -90,6 +93,80 @@ def _steps(spec: ModelSpec) -> list[tuple[float, float]]:
     return [(float(sigma), w if k % 2 == 0 else 1.0) for k, sigma in enumerate(probe_levels(spec)[::2])]
 
 
+@dataclass(frozen=True)
+class GoldenCheck:
+    """One golden case of a session: the graphs that it runs on, and how to run and measure it."""
+
+    graphs: frozenset[str]
+    measure: Callable[[Session], list[Measurement]]
+
+
+def golden_checks(
+    spec: ModelSpec, cases: Tensors, precision: Precision, decoder: DecoderSpec | None = None
+) -> list[GoldenCheck]:
+    """What can be checked of a session, in parts that its largest batch holds: single steps, rows in one call, a whole run,
+    and the images.
+
+    Raises:
+        BundleError: the cases are not those of this model.
+    """
+    check_cases(spec, cases, decoder)
+
+    def step(case: str, session: Session) -> list[Measurement]:
+        row, label = cases[f"{case}.row"], cases.get(f"{case}.label")
+        x, h, z = (cases[f"{case}.{name}"] for name in ("x", "h", "z"))
+        results = []
+        for part in _parts(session, len(x)):
+            session.begin(x[part], None if label is None else label[part], h[part])
+            session.step(row, z[part])
+            results.append(session.state())
+        outputs = zip(("x_next", "h_next"), zip(*results, strict=True), amplification(row), strict=True)
+        name = case.replace(".", " ")
+        return [
+            measure_step(
+                f"golden {name}, {output}", np.concatenate(found), cases[f"{case}.{output}"], precision, amplified
+            )
+            for output, found, amplified in outputs
+        ]
+
+    def call(part: slice) -> tuple[Array, NDArray[np.int64] | None, Array, Array]:
+        label = cases.get("loop.label")
+        noise = cases["loop.noise"][:, part]
+        return cases["loop.x"][part], None if label is None else label[part], cases["loop.rows"], noise
+
+    amplified = sum(amplification(row)[0] for row in cases["loop.rows"])
+
+    def loop(session: Session) -> list[Measurement]:
+        found = np.concatenate([session.run(*call(part)) for part in _parts(session, len(cases["loop.x"]))])
+        return [measure_step("golden rows in one call", found, cases["loop.x_next"], precision, amplified)]
+
+    rows, expected = cases["run.rows"].astype(np.float64), cases["run.x"]
+    plan = Plan(rows, float(cases["run.x_scale"][0]), rows[:, COLUMNS.index("c_noise")])
+
+    def run(session: Session) -> list[Measurement]:
+        parts = [range(len(expected))[part] for part in _parts(session, len(expected))]
+        found = np.concatenate([run_plan(session, spec, plan, part) for part in parts])
+        return [measure_run("golden run", found, expected, precision)]
+
+    def image(session: Session) -> list[Measurement]:
+        return [measure_step("golden image", session.decode(cases["decoder.x"]), cases["decoder.image"], precision)]
+
+    def loop_image(session: Session) -> list[Measurement]:
+        latents, found = session.run_decoded(*call(slice(0, 1)))
+        both = ("x", latents, cases["loop.x_next"][:1]), ("image", found, cases["loop.image"])
+        return [
+            measure_step(f"golden {name} of the sampler with decoder", a, b, precision, amplified)
+            for name, a, b in both
+        ]
+
+    names = [f"step.{k}" for k in range(len(_steps(spec)))]
+    checks = [GoldenCheck(_graphs_of(cases[f"{name}.row"][None]), functools.partial(step, name)) for name in names]
+    checks += [GoldenCheck(frozenset(["sampler"]), loop), GoldenCheck(_graphs_of(rows), run)]
+    if decoder is not None:
+        checks += [GoldenCheck(frozenset(["decoder"]), image), GoldenCheck(frozenset(["sampler_decoded"]), loop_image)]
+    return checks
+
+
 def check_golden(
     session: Session, spec: ModelSpec, cases: Tensors, precision: Precision, decoder: DecoderSpec | None = None
 ) -> list[Measurement]:
@@ -98,28 +175,19 @@ def check_golden(
     Raises:
         BundleError: the cases are not those of this model.
     """
-    check_cases(spec, cases, decoder)
-    results = []
-    for k in range(len(_steps(spec))):
-        case = f"step.{k}"
-        session.begin(cases[f"{case}.x"], cases.get(f"{case}.label"), cases[f"{case}.h"])
-        session.step(cases[f"{case}.row"], cases[f"{case}.z"])
-        parts = zip(("x_next", "h_next"), session.state(), amplification(cases[f"{case}.row"]), strict=True)
-        for name, found, amplified in parts:
-            results.append(
-                measure_step(f"golden step {k}, {name}", found, cases[f"{case}.{name}"], precision, amplified)
-            )
-    found = session.run(cases["loop.x"], cases.get("loop.label"), cases["loop.rows"], cases["loop.noise"])
-    amplified = sum(amplification(row)[0] for row in cases["loop.rows"])
-    results.append(measure_step("golden rows in one call", found, cases["loop.x_next"], precision, amplified))
-    rows, x = cases["run.rows"].astype(np.float64), cases["run.x"]
-    plan = Plan(rows, float(cases["run.x_scale"][0]), rows[:, COLUMNS.index("c_noise")])
-    found = run_plan(session, spec, plan, len(x))
-    results.append(measure_run("golden run", found, x, precision))
-    if decoder is not None:
-        found = session.decode(cases["decoder.x"])
-        results.append(measure_step("golden image", found, cases["decoder.image"], precision))
-    return results
+    checks = golden_checks(spec, cases, precision, decoder)
+    return [m for check in checks if "sampler_decoded" not in check.graphs for m in check.measure(session)]
+
+
+def _graphs_of(rows: NDArray[np.floating]) -> frozenset[str]:
+    """The graphs that apply some rows."""
+    return frozenset("step_plain" if row[GUIDANCE] == 1 else "step" for row in rows)
+
+
+def _parts(session: Session, count: int) -> list[slice]:
+    """Samples 0 .. count - 1 in parts that a session takes."""
+    size = min(count, session.max_batch or count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def check_other_graphs(

@@ -115,10 +115,10 @@ def default_plan(spec: ModelSpec, defaults: Defaults, *, guided: bool) -> Plan:
     return make_plan(spec, defaults.sampler, defaults.steps, scale)
 
 
-def run_plan(session: Session, spec: ModelSpec, plan: Plan, batch: int) -> Array:
-    """A whole run of samples 0 .. batch - 1 with the seed's noise, (batch, *shape)."""
-    draws = normal(SEED, range(batch), range(1 + len(plan)), spec.shape)
-    session.begin(np.float32(plan.x_scale) * draws[0], probe_labels(spec, range(batch)))
+def run_plan(session: Session, spec: ModelSpec, plan: Plan, samples: Sequence[int]) -> Array:
+    """A whole run of some samples with the seed's noise, (len(samples), *shape)."""
+    draws = normal(SEED, samples, range(1 + len(plan)), spec.shape)
+    session.begin(np.float32(plan.x_scale) * draws[0], probe_labels(spec, samples))
     for row, z in zip(plan.rows.astype(np.float32), draws[1:], strict=True):
         session.step(row, z)
     return session.state()[0]

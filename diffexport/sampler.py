@@ -92,7 +92,8 @@ class Sampler:
             sampler, steps, guidance_scale, options: see ``diffexport.plan.make_plan``; the bundle's defaults if None.
             seed: 0 .. 2^64 - 1.
             first: index of the first sample; sample k of seed s is the same in every call that draws it.
-            batch: how many are drawn at once; of no influence on the samples.
+            batch: how many are drawn at once, of no influence on the samples; the bundle's default, or as many as the
+                session takes, if None.
             plan: a ready plan in place of sampler, steps, guidance_scale and options.
             x_init: (num, *shape) unit normal start in place of the seed's.
             noise: (rows, num, *shape) unit normal noise in place of the seed's.
@@ -121,7 +122,7 @@ class Sampler:
             self._needed_decoder()
         if on_images is not None and not one_call:
             raise PlanError("on_images: a loop in steps makes no images; give one_call=True, or decode() the samples")
-        size = self.defaults.batch if batch is None else batch
+        size = min(self.defaults.batch, self.session.max_batch or self.defaults.batch) if batch is None else batch
         check_run(seed, first, size)
         _check_given("x_init", x_init, (count, *self.spec.shape))
         _check_given("noise", noise, (len(plan), count, *self.spec.shape))

@@ -180,7 +180,7 @@ def golden_finding(
     precision = coarsest(bundle.manifest.precision, options.get("precision") or "fp32")
     if backend == "torch":
         options |= {"module": module, "decoder": decoder}
-    session = open_session(bundle, backend, **options)
+    session = open_session(bundle, backend, selftest=False, **options)
     try:
         measurements = check_golden(session, bundle.spec, bundle.golden(), precision, bundle.manifest.decoder)
     except (DiffexportError, KeyError, ValueError) as error:

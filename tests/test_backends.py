@@ -1,11 +1,15 @@
 """One contract for every backend: a step is the definition of ``diffexport.plan``, written here in NumPy."""
 
+import shutil
+
 import numpy as np
 import pytest
+import simulated_gpu
 import torch
 
 from diffexport.backends import BACKENDS, open_session
 from diffexport.backends.onnxruntime import run_graph
+from diffexport.bundle import Bundle
 from diffexport.errors import BackendError
 from diffexport.parity import relative_l2
 from diffexport.plan import COLUMNS, denoise_rows
@@ -41,10 +45,20 @@ def definition(module, spec, row, x, h, z, label):
 
 
 @pytest.fixture(params=sorted(BACKENDS))
-def open_backend(request, toy, toy_bundle):
+def open_backend(request, toy, toy_bundle, monkeypatch, tmp_path):
+    """``open_backend(name)``: a session of a toy on each backend. What cannot run here runs as far as it can: engines on
+    a simulated GPU, ONNX Runtime's device buffers in host memory."""
+
     def open_it(name):
-        options = {"module": toy(name)[0]} if request.param == "torch" else {}
-        return open_session(toy_bundle(name), request.param, **options)
+        bundle, options = toy_bundle(name), {}
+        if request.param == "torch":
+            options = {"module": toy(name)[0]}
+        if request.param.startswith("ort-"):
+            options = {"allow_fallback": True}
+        if request.param.startswith("trt"):
+            bundle = Bundle.open(shutil.copytree(bundle.path, tmp_path / f"{name}.diffx"))
+            simulated_gpu.install(monkeypatch, request.param, bundle)
+        return open_session(bundle, request.param, **options)
 
     return open_it
 

@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_are_an_error(toy_bundle):
     session = toy_bundle("plain").sampler().session
 
     class Broken:
-        backend, device = "broken", "CPU"
+        backend, device, max_batch = "broken", "CPU", None
         begin, close = session.begin, session.close
         step = session.step
 

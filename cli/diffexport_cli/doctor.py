@@ -16,7 +16,6 @@ def doctor(
 
     Example: diffx doctor digits.diffx
     """
-    import importlib.metadata
     import platform
 
     from diffexport.backends import BACKENDS
@@ -26,17 +25,14 @@ def doctor(
     findings: list[dict[str, Any]] = []
     for name, entry in BACKENDS.items():
         finding: dict[str, Any] = {"backend": name, "runs": entry.runs, "works": None}
-        if not entry.installed:
-            finding |= {"works": False, "detail": f"not installed; {entry.install}"}
+        installed = f"{entry.package} {_version(entry.package)}; " if entry.installed else ""
+        problem = entry.problem()
+        if problem:
+            finding |= {"works": False, "detail": installed + problem}
+        elif bundle is not None and name != "torch":
+            finding |= _golden(bundle, name, installed)
         else:
-            finding["detail"] = f"{entry.package} {importlib.metadata.version(entry.package)}"
-            problem = _problem(name)
-            if problem:
-                finding |= {"works": False, "detail": f"{finding['detail']}; {problem}"}
-            elif bundle is not None and name != "torch":
-                finding |= _golden(bundle, name, finding["detail"])
-            else:
-                finding["works"] = True
+            finding |= {"works": True, "detail": installed.removesuffix("; ")}
         findings.append(finding)
     folder, size = cache_folder(), cache_size()
     if json:
@@ -51,22 +47,23 @@ def doctor(
     print(f"cache: {folder} ({megabytes(size)}); $DIFFX_CACHE moves it, and it may be removed")
 
 
-def _problem(name: str) -> str | None:
-    """Why an installed backend cannot be used, or None."""
-    import importlib
+def _version(package: str) -> str:
+    """The version of what was installed to have a package, which may have another name."""
+    import importlib.metadata
 
-    from diffexport.backends import BACKENDS
-
-    try:
-        importlib.import_module(f"diffexport.backends.{BACKENDS[name].module}")
-    except (ImportError, OSError) as error:
-        return f"cannot be loaded ({error})"
-    return None
+    installed_as = importlib.metadata.packages_distributions().get(package, [package])
+    return importlib.metadata.version(installed_as[0])
 
 
 def _golden(bundle: Path, name: str, detail: str) -> dict[str, Any]:
+    """How the bundle's golden cases fare on a backend; one that cannot run this bundle does not work for it."""
     from diffexport.bundle import Bundle
+    from diffexport.errors import BackendError
     from diffexport.verification import golden_finding
 
-    finding = golden_finding(Bundle.open(bundle), name)
-    return {"works": finding.passed, "detail": f"{detail}; {finding.name}: {finding.detail}"}
+    opened = Bundle.open(bundle)
+    try:
+        finding = golden_finding(opened, name)
+    except BackendError as error:
+        return {"works": False, "detail": f"{detail}{error}"}
+    return {"works": finding.passed, "detail": f"{detail}{finding.name}: {finding.detail}"}

@@ -85,6 +85,23 @@ def sample(
             metavar="PIXELS",
         ),
     ] = None,
+    selftest: Annotated[
+        bool | None,
+        typer.Option(
+            "--selftest/--no-selftest",
+            help="Run the bundle's golden cases before the first sample, and refuse a backend that fails them.",
+            show_default="on for GPUs",
+        ),
+    ] = None,
+    allow_fallback: Annotated[
+        bool | None, typer.Option("--allow-fallback", help="Of ort-cuda, ort-trt: run on the CPU where the GPU fails.")
+    ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph", help="Launch a step on a GPU as one captured graph.", show_default="on"
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +150,18 @@ def sample(
         progress_bar("sampling") as progress,
         opened.sampler(
             backend,
-            **_backend_options(opened.spec, backend, checkpoint, vae, threads=threads, precision=precision, mode=mode),
+            **_backend_options(
+                opened.spec,
+                backend,
+                checkpoint,
+                vae,
+                threads=threads,
+                precision=precision,
+                mode=mode,
+                selftest=selftest,
+                allow_fallback=allow_fallback,
+                cuda_graph=cuda_graph,
+            ),
         ) as s,
     ):
         started, kept = time.perf_counter(), 0

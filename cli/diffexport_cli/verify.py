@@ -48,7 +48,7 @@ def verify(
         found = read_checkpoint_of(against, Bundle.open(path).spec, weights) if against is not None else None
         folder = vae or (found.vae if found is not None and Bundle.open(path).manifest.decoder is not None else None)
         decoder = read_decoder(folder)[0] if folder is not None else None
-        usable = [name for name, entry in BACKENDS.items() if entry.installed and (name != "torch" or found)]
+        usable = [name for name, entry in BACKENDS.items() if entry.problem() is None and (name != "torch" or found)]
         findings = verify_bundle(
             path,
             usable if backend == "all" else [backend],

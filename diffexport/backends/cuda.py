@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,15 @@ def call(name: str, *arguments: Any) -> Any:
         said = cuda.cudaGetErrorString(status)[1]
         raise BackendError(f"CUDA: {name}: {said.decode() if isinstance(said, bytes) else said}")
     return results[0] if results else None
+
+
+def driver_installed() -> bool:
+    """Whether the library of an NVIDIA driver is on this machine."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def device() -> Device:
@@ -149,6 +159,10 @@ class Stream:
         """Do what was recorded."""
         call("cudaGraphLaunch", graph, self.handle)
 
+    def forget(self, graph: Any) -> None:
+        """Free what was recorded."""
+        call("cudaGraphExecDestroy", graph)
+
     def close(self) -> None:
         """Free it."""
         call("cudaStreamDestroy", self.handle)
@@ -165,11 +179,12 @@ class Staging:
         self.sent = call("cudaEventCreate")
         bytes_ = (ctypes.c_uint8 * target.nbytes).from_address(self.address)
         self._array = np.frombuffer(memoryview(bytes_), target.dtype).reshape(target.shape)
+        self._array[:] = 0
 
     def fill(self, array: NDArray[Any]) -> None:
-        """Wait until what it held was sent, and hold an array in its place."""
+        """Wait until what it held was sent, and hold an array in its place, which may be a part of the first axis."""
         call("cudaEventSynchronize", self.sent)
-        self._array[...] = array
+        self._array[: len(array)] = array
 
     def close(self) -> None:
         """Free it."""

@@ -47,6 +47,7 @@ class HostSession(ABC):
 
     backend: str
     device = "CPU"
+    max_batch: int | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -87,11 +88,11 @@ class HostSession(ABC):
         state.current = 1 - state.current
 
     def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
-        (result,) = self._checked_run("sampler", _loop_feeds(x, label, rows, noise), ["x"])
+        (result,) = self._checked_run("sampler", loop_feeds(x, label, rows, noise), ["x"])
         return result
 
     def run_decoded(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> tuple[Array, Array]:
-        latents, image = self._checked_run("sampler_decoded", _loop_feeds(x, label, rows, noise), ["x", "image"])
+        latents, image = self._checked_run("sampler_decoded", loop_feeds(x, label, rows, noise), ["x", "image"])
         return latents, image
 
     def decode(self, x: Array) -> Array:
@@ -128,5 +129,6 @@ class HostSession(ABC):
         return self._state
 
 
-def _loop_feeds(x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Arrays:
+def loop_feeds(x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Arrays:
+    """The inputs of the loop graph, by name."""
     return {"x_init": x, "plan": rows, "noise": noise} | ({} if label is None else {"label": label})

@@ -20,6 +20,8 @@ class Session(Protocol):
     """The backend's name, "ort"."""
     device: str
     """What it really runs on, read back from the runtime."""
+    max_batch: int | None
+    """The largest batch that it takes, or None where any will do."""
 
     def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
         """Start a run: x (B, *shape), label (B,) or None for a model without labels, h zero where not given."""

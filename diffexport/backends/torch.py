@@ -38,6 +38,7 @@ class TorchSession:
 
     backend = "torch"
     device = "CPU"
+    max_batch: int | None = None
 
     def __init__(
         self, module: torch.nn.Module, spec: ModelSpec, decoder: tuple[torch.nn.Module, DecoderSpec] | None = None

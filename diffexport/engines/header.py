@@ -15,7 +15,8 @@ from diffexport.engines.record import Engine
 from diffexport.errors import EngineError
 
 _MAGIC = b"vtrt"
-_LAYOUT = struct.Struct("<4s12xQ4B4xI")
+LAYOUT = struct.Struct("<4s12xQ4B4xI")
+"""Magic, size, four numbers of version, mask of targets."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Header:
 def read_header(path: Path) -> Header | None:
     """The header of an RTX engine, or None for a file that has none."""
     with path.open("rb") as file:
-        data = file.read(_LAYOUT.size)
-    if len(data) < _LAYOUT.size or not data.startswith(_MAGIC):
+        data = file.read(LAYOUT.size)
+    if len(data) < LAYOUT.size or not data.startswith(_MAGIC):
         return None
-    _, size, *version, mask = _LAYOUT.unpack(data)
+    _, size, *version, mask = LAYOUT.unpack(data)
     known = PRODUCTS["trt-rtx"].targets
     return Header(size, ".".join(map(str, version)), tuple(known[bit] for bit in range(len(known)) if mask >> bit & 1))
 

@@ -36,7 +36,8 @@ def network_from_onnx(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
-        said = [parser.get_error(index).desc().strip() for index in range(parser.num_errors)]
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        said = [error.desc().strip() for error in errors]
         raise EngineError(f"{path.name}: TensorRT's parser refuses it ({said[0] if said else 'without a reason'})")
     return network
 
@@ -62,21 +63,21 @@ def describe(trt: Any, network: Any) -> Network:
     )
 
 
-def share(network: Network, precision: Precision) -> float:
+def share(described: Network, precision: Precision) -> float:
     """The part of the multiply-adds that is computed in a precision."""
-    total = sum(network.multiply_adds.values())
-    return network.multiply_adds.get(TYPES[precision], 0) / total if total else 1.0
+    total = sum(described.multiply_adds.values())
+    return described.multiply_adds.get(TYPES[precision], 0) / total if total else 1.0
 
 
-def check_precision(name: str, network: Network, precision: Precision) -> None:
+def check_precision(name: str, described: Network, precision: Precision) -> None:
     """See that a network is in the precision that its bundle was exported in.
 
     Raises:
         EngineError: most of its work is in another.
     """
-    if share(network, precision) < LEAST_SHARE:
-        total = sum(network.multiply_adds.values())
-        found = ", ".join(f"{count / total:.0%} {kind}" for kind, count in network.multiply_adds.items())
+    if share(described, precision) < LEAST_SHARE:
+        total = sum(described.multiply_adds.values())
+        found = ", ".join(f"{count / total:.0%} {kind}" for kind, count in described.multiply_adds.items())
         raise EngineError(
             f"{name}: asked for {precision}, but the multiply-adds of the parsed network are {found}; an engine would "
             f"run at that speed. Export the model again with --{precision}"
@@ -125,10 +126,11 @@ def _multiply_adds(trt: Any, layer: Any) -> int:
         return math.prod(result) * math.prod(source[-2:]) // rows  # (..., M, K) x (..., K, N)
     if layer.type.name == "EINSUM":
         return math.prod(result) * source[-1]
-    convolution = layer.type.name == "CONVOLUTION"
-    layer.__class__ = trt.IConvolutionLayer if convolution else trt.IDeconvolutionLayer  # the API hands out the base
-    kernel = math.prod(_sides(layer.kernel_size_nd)) // int(layer.num_groups)
-    return kernel * (math.prod(result) * source[1] if convolution else math.prod(source) * result[1])
+    forward = layer.type.name == "CONVOLUTION"
+    convolution = layer
+    convolution.__class__ = trt.IConvolutionLayer if forward else trt.IDeconvolutionLayer  # the API hands out the base
+    kernel = math.prod(_sides(convolution.kernel_size_nd)) // int(convolution.num_groups)
+    return kernel * (math.prod(result) * source[1] if forward else math.prod(source) * result[1])
 
 
 def _sides(shape: Any) -> list[int]:

@@ -104,7 +104,7 @@ class Engine:
             raise EngineError(f"{self.file}: missing or not a regular file; build again with `diffx build`")
         if self.file.stat().st_size != entry.size or sha256_of(self.file) != entry.sha256:
             raise EngineError(
-                f"{self.file}: is not the engine that its {RECORD} describes; build again with `diffx build`"
+                f"{self.file}: is not the engine that its record describes; build again with `diffx build`"
             )
 
     def differences(self, key: EngineKey) -> list[str]:

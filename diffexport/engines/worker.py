@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from diffexport.engines.messages import error_log
 from diffexport.engines.network import check_precision, describe, network_from_onnx
 from diffexport.engines.products import PRODUCTS
 from diffexport.engines.profiles import input_ranges
@@ -54,7 +55,7 @@ def engine_from_onnx(trt: Any, job: Job, say: Callable[[Report], None], out: Bin
         EngineError: the parser or the builder refuses it.
     """
     key, path = job.key, Path(f"{job.key.graph}.onnx")
-    logger = _logger(trt)
+    logger = error_log(trt)
     builder = trt.Builder(logger)
     say(Report(doing="reading the graph"))
     network = network_from_onnx(trt, builder, logger, path)
@@ -73,39 +74,23 @@ def engine_from_onnx(trt: Any, job: Job, say: Callable[[Report], None], out: Bin
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
     for profile in key.profiles:
         ranges = builder.create_optimization_profile()
-        for tensor in described.inputs:
-            if any(isinstance(side, str) for side in tensor.shape):
-                ranges.set_shape(tensor.name, *input_ranges(tensor.name, tensor.shape, profile, key.sides))
+        for given in described.inputs:
+            if any(isinstance(side, str) for side in given.shape):
+                least, best, most = input_ranges(given.name, given.shape, profile, key.sides)
+                ranges.set_shape(given.name, least, best, most)
         config.add_optimization_profile(ranges)
     monitor = _monitor(trt, say)
     config.progress_monitor = monitor
     started = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise EngineError(
-            f"{path.name}: TensorRT cannot build it ({logger.errors[0] if logger.errors else 'no reason'})"
-        )
+        raise EngineError(f"{path.name}: TensorRT cannot build it ({logger.why()})")
     say(Report(doing="writing the engine"))
     out.write(engine)
     out.flush()
     return Report(
         network=described, size=engine.nbytes, seconds=time.perf_counter() - started, peak_memory=_peak_memory()
     )
-
-
-def _logger(trt: Any) -> Any:
-    """TensorRT's messages, of which the errors are kept."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(msg.strip().splitlines()[0])
-
-    return Log()
 
 
 def _monitor(trt: Any, say: Callable[[Report], None]) -> Any:

@@ -152,7 +152,7 @@ def test_a_changed_engine_is_seen(copy, diffx):
     data[0x20] ^= 8  # a target that it has no code for
     first.file.write_bytes(data)
     assert [f.passed for f in verify(copy.path, ["ort"]) if f.name == "engines"] == [False]
-    assert_refused(diffx("inspect", first.path), "is not the engine that its engine.json describes")
+    assert_refused(diffx("inspect", first.path), "is not the engine that its record describes")
     record = first.record
     altered = msgspec.structs.replace(record, key=msgspec.structs.replace(record.key, weights_sha256="0" * 64))
     shutil.copytree(first.path, first.path.with_name("stale"))
