@@ -58,7 +58,8 @@ class _Executable:
         check_header(engine)
         self._file, self._log = engine.file, log
         self.inputs = {given.name: given.shape for given in engine.record.network.inputs}
-        self._engine = runtime.deserialize_cuda_engine(engine.file.read_bytes())
+        self._context: Any = None
+        self._engine: Any = runtime.deserialize_cuda_engine(engine.file.read_bytes())
         if self._engine is None:
             raise BackendError(f"{self._file}: cannot be loaded ({log.why()})")
         if captures_itself(trt):
