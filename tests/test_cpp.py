@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
+from refusals import assert_refused
 
 import diffexport
 from diffexport.parity import LIMITS
@@ -322,3 +323,94 @@ def test_the_selftest_refuses_what_differs(cpp, toy_bundle, tmp_path):
     assert done.returncode == 1
     assert re.search(r"^FAILED run ", done.stdout, re.M)
     assert "1 of 7 golden cases differ" in done.stderr
+
+
+@pytest.fixture
+def project(diffx, family_bundle, tmp_path):
+    """What ``diffx embed`` writes, in the current folder."""
+    bundle = family_bundle("DiT")
+    code, out, _ = diffx("embed", bundle.path, "--out", "project")
+    assert code == 0
+    assert "wrote project" in out
+    return tmp_path / "project"
+
+
+def test_embed_writes_a_project_that_builds_and_draws(cpp, project, family_bundle):
+    """With the sources that it brings, as its README says; then with an installed runtime, by CMake and by pkg-config."""
+
+    def compiled(*command):
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=project)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def drawn(program, **environment):
+        (project / "images.f32").unlink(missing_ok=True)
+        subprocess.run([program], check=True, cwd=project, env=cpp.environment | environment)
+        return np.fromfile(project / "images.f32", np.float32)
+
+    assert len((project / "main.cpp").read_text().splitlines()) <= 10
+    readme = (project / "README.md").read_text()
+    for words in ("x86-64", "aarch64", "Jetson", "cmake -S . -B build -Donnxruntime_ROOT=FOLDER"):
+        assert words in readme
+    expected = family_bundle("DiT").sampler().sample([3, 1, 4], seed=0).ravel()
+    headers = f"-Donnxruntime_ROOT={ROOT / 'build' / 'onnxruntime'}"
+    compiled("cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug", headers)
+    compiled("cmake", "--build", "build")
+    np.testing.assert_allclose(drawn(project / "build" / "sample"), expected, atol=1e-5 * np.abs(expected).max())
+
+    installed = project / "installed"
+    compiled("cmake", "--install", cpp.folder, "--prefix", installed)
+    compiled("cmake", "-S", ".", "-B", "found", "-G", "Ninja", f"-Ddiffx_ROOT={installed}")
+    compiled("cmake", "--build", "found")
+    assert not (project / "found" / "diffx").exists()
+    np.testing.assert_allclose(drawn(project / "found" / "sample"), expected, atol=1e-5 * np.abs(expected).max())
+    help_text = subprocess.run(
+        [installed / "bin" / "diffx-sample", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: diffx-sample BUNDLE" in help_text.stdout
+
+    (config,) = installed.rglob("diffx.pc")
+    flags = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", f"--define-variable=prefix={installed}", config],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    compiled("g++", "-std=c++20", "main.cpp", *flags, "-o", "linked")
+    (library,) = installed.rglob("libdiffx-runtime.so")
+    found = drawn(project / "linked", LD_LIBRARY_PATH=str(library.parent))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_component_that_is_not_built_in_is_not_found(cpp, tmp_path):
+    subprocess.run(["cmake", "--install", cpp.folder, "--prefix", tmp_path / "i"], check=True, capture_output=True)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES NONE)\n"
+        "find_package(diffx REQUIRED COMPONENTS onnxruntime ${MORE})\n"
+    )
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-Ddiffx_ROOT={tmp_path / 'i'}"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run([*command, "-DMORE=tensorrt"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "tensorrt" in done.stderr
+
+
+def test_embed_refuses(diffx, toy_bundle, tmp_path):
+    bundle = toy_bundle("plain").path
+    (tmp_path / "there").mkdir()
+    assert_refused(diffx("embed", bundle, "--out", "there"), "there: exists; choose another --out")
+    assert_refused(diffx("embed", bundle, "--backend", "torch"), "the C++ runtime has ort, openvino, trt, trt-rtx")
+    assert not (tmp_path / "plain-cpp").exists()
+
+
+def test_the_library_compiles_for_64_bit_arm(cpp, tmp_path):
+    for command in (
+        ["cmake", "--preset", "aarch64", "-B", tmp_path, "-DCMAKE_BUILD_TYPE=Debug"],
+        ["cmake", "--build", tmp_path],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "cpp")
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = subprocess.run(
+        ["readelf", "-h", tmp_path / "libdiffx-runtime.so"], capture_output=True, text=True, check=True
+    )
+    assert "AArch64" in found.stdout

@@ -9,6 +9,7 @@ import typer
 
 from diffexport_cli.build import build
 from diffexport_cli.doctor import doctor
+from diffexport_cli.embed import embed
 from diffexport_cli.export import export
 from diffexport_cli.inspect import inspect
 from diffexport_cli.plan import plan
@@ -25,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (export, sample, verify, inspect, build, plan, doctor, train):
+for command in (export, sample, verify, inspect, build, embed, plan, doctor, train):
     app.command(no_args_is_help=command in (export, train))(command)
 
 

@@ -29,9 +29,9 @@ inline void check(diffx_status status) {
 enum class Backend { OnnxRuntime, OnnxRuntimeCuda, OpenVino, TensorRt, TensorRtRtx };
 
 struct Request {
-    std::vector<std::int64_t> labels{};   // one for each image; empty: 0, 1, 2, ... in turn
-    std::size_t num = 0;                  // number of images; 0: one for each label
-    std::string sampler{};                // empty, 0 or NaN, here and below: the bundle's default
+    std::vector<std::int64_t> labels{}; // one for each image; empty: 0, 1, 2, ... in turn
+    std::size_t num = 0;                // number of images; 0: one for each label
+    std::string sampler{};              // empty, 0 or NaN, here and below: the bundle's default
     int steps = 0;
     double guidance_scale = std::nan(""); // w of uncond + w*(cond - uncond); 1 is off
     std::uint64_t seed = 0;               // seed and index alone decide an image
@@ -73,7 +73,9 @@ private:
     Sampler(diffx_sampler* handle, std::vector<std::int64_t> shape) : handle_(handle), shape_(std::move(shape)) {
         for (auto side : shape_) size_ *= static_cast<std::size_t>(side);
     }
-    struct Free { void operator()(diffx_sampler* handle) const { diffx_sampler_free(handle); } };
+    struct Free {
+        void operator()(diffx_sampler* handle) const { diffx_sampler_free(handle); }
+    };
     std::unique_ptr<diffx_sampler, Free> handle_;
     std::vector<std::int64_t> shape_;
     std::size_t size_ = 1;
@@ -102,7 +104,9 @@ public:
     diffx_bundle* get() const { return handle_.get(); }
 
 private:
-    struct Free { void operator()(diffx_bundle* handle) const { diffx_bundle_free(handle); } };
+    struct Free {
+        void operator()(diffx_bundle* handle) const { diffx_bundle_free(handle); }
+    };
     std::unique_ptr<diffx_bundle, Free> handle_;
 };
 

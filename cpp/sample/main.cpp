@@ -82,7 +82,8 @@ void write_npy(const diffx::Images& images, const std::string& path) {
     std::ofstream file(path, std::ios::binary);
     file << "\x93NUMPY\x01" << '\0' << static_cast<char>(header.size() & 255) << static_cast<char>(header.size() >> 8)
          << header;
-    file.write(reinterpret_cast<const char*>(images.data.data()), static_cast<std::streamsize>(images.data.size() * sizeof(float)));
+    file.write(reinterpret_cast<const char*>(images.data.data()),
+               static_cast<std::streamsize>(images.data.size() * sizeof(float)));
     if (!file.flush()) throw std::runtime_error(path + ": cannot be written (" + std::strerror(errno) + ")");
 }
 
@@ -104,11 +105,11 @@ void print_finding(void* json, const diffx_finding* f) {
                     f->name, f->passed ? "true" : "false", f->relative_l2, f->max_abs,
                     std::isfinite(f->psnr) ? std::to_string(f->psnr).c_str() : "null", f->limit, f->seconds_per_step);
     else if (f->held_by_psnr)
-        std::printf("%-6s %-14s PSNR %.1f dB (limit %g), relative L2 %.1e, largest difference %.1e, %.3f ms a step\n", verdict,
-                    f->name, f->psnr, f->limit, f->relative_l2, f->max_abs, 1e3 * f->seconds_per_step);
+        std::printf("%-6s %-14s PSNR %.1f dB (limit %g), relative L2 %.1e, largest difference %.1e, %.3f ms a step\n",
+                    verdict, f->name, f->psnr, f->limit, f->relative_l2, f->max_abs, 1e3 * f->seconds_per_step);
     else
-        std::printf("%-6s %-14s relative L2 %.1e (limit %g), largest difference %.1e, %.3f ms a step\n", verdict, f->name,
-                    f->relative_l2, f->limit, f->max_abs, 1e3 * f->seconds_per_step);
+        std::printf("%-6s %-14s relative L2 %.1e (limit %g), largest difference %.1e, %.3f ms a step\n", verdict,
+                    f->name, f->relative_l2, f->limit, f->max_abs, 1e3 * f->seconds_per_step);
 }
 
 void run(Arguments& arguments) {
@@ -118,12 +119,18 @@ void run(Arguments& arguments) {
     auto sampler = bundle.sampler(arguments.backend.c_str(), options);
     if (arguments.selftest) {
         diffx::check(diffx_selftest(sampler.get(), print_finding, &arguments.json));
-        if (!arguments.json) std::printf("all golden cases agree on %s (%s)\n", arguments.backend.c_str(), sampler.device().c_str());
+        if (!arguments.json)
+            std::printf("all golden cases agree on %s (%s)\n", arguments.backend.c_str(), sampler.device().c_str());
         return;
     }
-    diffx::Request request{.labels = labels_of(bundle, arguments), .num = 0, .sampler = arguments.sampler,
-                           .steps = arguments.steps, .guidance_scale = arguments.guidance_scale, .seed = arguments.seed,
-                           .first = arguments.first, .batch = arguments.batch};
+    diffx::Request request{.labels = labels_of(bundle, arguments),
+                           .num = 0,
+                           .sampler = arguments.sampler,
+                           .steps = arguments.steps,
+                           .guidance_scale = arguments.guidance_scale,
+                           .seed = arguments.seed,
+                           .first = arguments.first,
+                           .batch = arguments.batch};
     if (request.labels.empty()) request.num = arguments.num.value_or(16);
     if (isatty(STDERR_FILENO) != 0)
         request.on_step = [](std::size_t done, std::size_t total) {
@@ -134,7 +141,8 @@ void run(Arguments& arguments) {
     const double seconds = seconds_since(loaded);
 
     std::vector<std::string> written;
-    if (arguments.out.empty() && arguments.npy.empty()) arguments.out = std::string(diffx_bundle_name(bundle.get())) + ".png";
+    if (arguments.out.empty() && arguments.npy.empty())
+        arguments.out = std::string(diffx_bundle_name(bundle.get())) + ".png";
     if (!arguments.out.empty()) {
         const std::size_t columns = arguments.per_label ? request.labels.size() / *arguments.per_label : 0;
         write_file(arguments.out, [&](const std::string& path) { write_picture(images, columns, path); });
@@ -149,8 +157,9 @@ void run(Arguments& arguments) {
         for (const std::string& path : written) files.append(files.empty() ? "" : ", ").append(json_text(path));
         std::printf("{\"samples\": %lld, \"backend\": %s, \"device\": %s, \"seed\": %llu, \"seconds\": %.6f, "
                     "\"seconds_in_all\": %.6f, \"written\": [%s]}\n",
-                    static_cast<long long>(images.shape[0]), json_text(arguments.backend).c_str(), json_text(sampler.device()).c_str(),
-                    static_cast<unsigned long long>(arguments.seed), seconds, seconds_since(started), files.c_str());
+                    static_cast<long long>(images.shape[0]), json_text(arguments.backend).c_str(),
+                    json_text(sampler.device()).c_str(), static_cast<unsigned long long>(arguments.seed), seconds,
+                    seconds_since(started), files.c_str());
         return;
     }
     std::printf("%lld images on %s (%s), %.2f s\n", static_cast<long long>(images.shape[0]), arguments.backend.c_str(),

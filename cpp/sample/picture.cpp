@@ -41,16 +41,20 @@ void write_picture(const diffx::Images& images, std::size_t columns, const std::
     const std::size_t rows = (count + columns - 1) / columns;
     const auto factor = static_cast<std::size_t>(
         std::max(1.0, std::nearbyint(static_cast<double>(kTile) / static_cast<double>(std::max(height, width)))));
-    const std::size_t page_width = columns * (width * factor + kGap) + kGap, page_height = rows * (height * factor + kGap) + kGap;
+    const std::size_t page_width = columns * (width * factor + kGap) + kGap,
+                      page_height = rows * (height * factor + kGap) + kGap;
     std::vector<unsigned char> page(page_width * page_height * 3, kPaper);
     for (std::size_t n = 0; n < count; ++n) {
-        const std::size_t left = kGap + n % columns * (width * factor + kGap), top = kGap + n / columns * (height * factor + kGap);
+        const std::size_t left = kGap + n % columns * (width * factor + kGap),
+                          top = kGap + n / columns * (height * factor + kGap);
         for (std::size_t y = 0; y < height * factor; ++y)
             for (std::size_t x = 0; x < width * factor; ++x)
                 for (std::size_t c = 0; c < 3; ++c) {
                     const std::size_t channel = shown == 1 ? 0 : c;
-                    const float number = images.data[(n * channels + channel) * plane + y / factor * width + x / factor];
-                    page[((top + y) * page_width + left + x) * 3 + c] = byte_of(plain ? number : ranges[channel](number));
+                    const float number =
+                        images.data[(n * channels + channel) * plane + y / factor * width + x / factor];
+                    page[((top + y) * page_width + left + x) * 3 + c] =
+                        byte_of(plain ? number : ranges[channel](number));
                 }
     }
     png_image image{};

@@ -13,7 +13,7 @@ namespace diffx::core {
 
 class Bundle;
 
-inline constexpr std::size_t kColumns = 13;  // of a plan, as diffexport/plan.py has them
+inline constexpr std::size_t kColumns = 13; // of a plan, as diffexport/plan.py has them
 inline constexpr std::size_t kCOut = 3, kGuidance = 4, kXD = 6, kNoise = 8, kHD = 11; // c_out, w, x_d, x_z, h_d
 
 /// One row of a plan.

@@ -38,7 +38,8 @@ Bundle::Bundle(std::filesystem::path path) : path_(std::move(path)) {
     const auto manifest = path_ / "manifest.json";
     manifest_ = parse_manifest(read_text(manifest), manifest.string());
     for (const auto& [name, entry] : manifest_.files)
-        check_file(path_ / name, entry.size, entry.sha256, "the manifest", "copy the whole bundle again or export the model again");
+        check_file(path_ / name, entry.size, entry.sha256, "the manifest",
+                   "copy the whole bundle again or export the model again");
     plans_ = tensors("plans.safetensors");
 }
 
@@ -63,8 +64,8 @@ Plan Bundle::plan(const std::string& sampler, int steps, double guidance_scale) 
     const auto& table = rows->second.floats;
     const auto finite = [](float number) { return std::isfinite(number); };
     const auto& shape = rows->second.shape;
-    if (table.empty() || shape.size() != 2 || shape[1] != kColumns ||
-        scale->second.floats.size() != 1 || !std::ranges::all_of(table, finite) || !finite(scale->second.floats[0]))
+    if (table.empty() || shape.size() != 2 || shape[1] != kColumns || scale->second.floats.size() != 1 ||
+        !std::ranges::all_of(table, finite) || !finite(scale->second.floats[0]))
         throw error(DIFFX_BUNDLE_ERROR, (path_ / "plans.safetensors").string(), ": plan ", sampler, ":", steps,
                     " is not a table of finite numbers with ", kColumns, " columns; export the model again");
     Plan plan{std::vector<Row>(table.size() / kColumns), scale->second.floats[0]};

@@ -58,9 +58,15 @@ Struct known(const Struct* given) {
 
 } // namespace
 
-const char* diffx_last_error(void) { return last_error; }
-const char* diffx_version(void) { return DIFFX_VERSION; }
-const char* diffx_backends(void) { return backend_names(); }
+const char* diffx_last_error(void) {
+    return last_error;
+}
+const char* diffx_version(void) {
+    return DIFFX_VERSION;
+}
+const char* diffx_backends(void) {
+    return backend_names();
+}
 
 diffx_status diffx_bundle_open(const char* path, diffx_bundle** bundle) {
     return guarded([&] {
@@ -69,9 +75,13 @@ diffx_status diffx_bundle_open(const char* path, diffx_bundle** bundle) {
     });
 }
 
-void diffx_bundle_free(diffx_bundle* bundle) { delete bundle; }
+void diffx_bundle_free(diffx_bundle* bundle) {
+    delete bundle;
+}
 
-const char* diffx_bundle_name(const diffx_bundle* bundle) { return bundle->bundle->manifest().name.c_str(); }
+const char* diffx_bundle_name(const diffx_bundle* bundle) {
+    return bundle->bundle->manifest().name.c_str();
+}
 
 size_t diffx_bundle_shape(const diffx_bundle* bundle, int64_t shape[3]) {
     const auto& sides = bundle->bundle->manifest().image_shape;
@@ -79,11 +89,14 @@ size_t diffx_bundle_shape(const diffx_bundle* bundle, int64_t shape[3]) {
     return sides.size();
 }
 
-int64_t diffx_bundle_num_classes(const diffx_bundle* bundle) { return bundle->bundle->manifest().num_classes; }
+int64_t diffx_bundle_num_classes(const diffx_bundle* bundle) {
+    return bundle->bundle->manifest().num_classes;
+}
 
 const char* diffx_bundle_label_name(const diffx_bundle* bundle, int64_t label) {
     const auto& names = bundle->bundle->manifest().label_names;
-    return label < 0 || std::cmp_greater_equal(label, names.size()) ? nullptr : names[static_cast<std::size_t>(label)].c_str();
+    return label < 0 || std::cmp_greater_equal(label, names.size()) ? nullptr
+                                                                    : names[static_cast<std::size_t>(label)].c_str();
 }
 
 diffx_status diffx_sampler_open(diffx_bundle* bundle, const char* backend, const diffx_options* options,
@@ -92,14 +105,19 @@ diffx_status diffx_sampler_open(diffx_bundle* bundle, const char* backend, const
         required(bundle, "bundle"), required(backend, "backend"), required(sampler, "sampler");
         const diffx_options given = options == nullptr ? diffx_options{} : known(options);
         if (given.threads < 0 || given.device < 0)
-            throw error(DIFFX_BACKEND_ERROR, "threads ", given.threads, ", device ", given.device, ": expected 0 or more");
+            throw error(DIFFX_BACKEND_ERROR, "threads ", given.threads, ", device ", given.device,
+                        ": expected 0 or more");
         *sampler = new diffx_sampler{Sampler(bundle->bundle, backend, {given.threads, given.device})};
     });
 }
 
-void diffx_sampler_free(diffx_sampler* sampler) { delete sampler; }
+void diffx_sampler_free(diffx_sampler* sampler) {
+    delete sampler;
+}
 
-const char* diffx_sampler_device(const diffx_sampler* sampler) { return sampler->sampler.device().c_str(); }
+const char* diffx_sampler_device(const diffx_sampler* sampler) {
+    return sampler->sampler.device().c_str();
+}
 
 void diffx_request_init(diffx_request* request, size_t size) {
     diffx_request defaults{};
@@ -114,33 +132,36 @@ diffx_status diffx_sample(diffx_sampler* sampler, const diffx_request* request, 
     return guarded([&] {
         required(sampler, "sampler"), required(request, "request"), required(images, "images");
         const diffx_request given = known(request);
-        sampler->sampler.sample({.labels = given.labels == nullptr ? std::span<const int64_t>() : std::span(given.labels, given.num_labels),
-                                 .num = given.num,
-                                 .sampler = given.sampler == nullptr ? "" : given.sampler,
-                                 .steps = given.steps,
-                                 .guidance_scale = given.guidance_scale,
-                                 .seed = given.seed,
-                                 .first = given.first,
-                                 .batch = given.batch,
-                                 .on_step = given.on_step,
-                                 .user = given.user},
-                                {images, capacity});
+        sampler->sampler.sample(
+            {.labels = given.labels == nullptr ? std::span<const int64_t>() : std::span(given.labels, given.num_labels),
+             .num = given.num,
+             .sampler = given.sampler == nullptr ? "" : given.sampler,
+             .steps = given.steps,
+             .guidance_scale = given.guidance_scale,
+             .seed = given.seed,
+             .first = given.first,
+             .batch = given.batch,
+             .on_step = given.on_step,
+             .user = given.user},
+            {images, capacity});
     });
 }
 
-diffx_status diffx_selftest(diffx_sampler* sampler, void (*report)(void* user, const diffx_finding* finding), void* user) {
+diffx_status diffx_selftest(diffx_sampler* sampler, void (*report)(void* user, const diffx_finding* finding),
+                            void* user) {
     return guarded([&] {
         required(sampler, "sampler");
         const auto findings = selftest(sampler->sampler);
         std::size_t failures = 0;
         for (const auto& f : findings) {
-            const diffx_finding shown{sizeof shown, f.name.c_str(), f.passed, f.held_by_psnr, f.relative_l2,
-                                      f.max_abs, f.psnr, f.limit, f.seconds_per_step};
+            const diffx_finding shown{sizeof shown, f.name.c_str(), f.passed, f.held_by_psnr,    f.relative_l2,
+                                      f.max_abs,    f.psnr,         f.limit,  f.seconds_per_step};
             if (report != nullptr) report(user, &shown);
             failures += f.passed ? 0 : 1;
         }
         if (failures != 0)
-            throw error(DIFFX_PARITY_ERROR, failures, " of ", findings.size(), " golden cases differ from the recorded results on ",
-                        sampler->sampler.device(), "; it is not to be used");
+            throw error(DIFFX_PARITY_ERROR, failures, " of ", findings.size(),
+                        " golden cases differ from the recorded results on ", sampler->sampler.device(),
+                        "; it is not to be used");
     });
 }

@@ -49,7 +49,8 @@ void decode(Network& network, const Manifest& manifest, std::span<const float> l
     const std::size_t depth = side(0), height = side(1), width = side(2);
     const std::size_t upscale = manifest.decoder->upscale, channels = manifest.decoder->channels;
     const std::size_t tile = manifest.decoder->tile / upscale;
-    const std::size_t rows = tile == 0 ? height : std::min(tile, height), columns = tile == 0 ? width : std::min(tile, width);
+    const std::size_t rows = tile == 0 ? height : std::min(tile, height),
+                      columns = tile == 0 ? width : std::min(tile, width);
     const std::size_t page = width * upscale, stripe = columns * upscale;
     std::vector<float> part(depth * rows * columns), decoded(channels * rows * upscale * stripe);
     std::ranges::fill(image, 0.0f);
@@ -57,12 +58,14 @@ void decode(Network& network, const Manifest& manifest, std::span<const float> l
         for (const Span& column : spans(width, columns, upscale)) {
             for (std::size_t line = 0; line < depth * rows; ++line) {
                 const std::size_t from = (line / rows * height + row.start + line % rows) * width + column.start;
-                std::ranges::copy(latents.subspan(from, columns), part.begin() + static_cast<std::ptrdiff_t>(line * columns));
+                std::ranges::copy(latents.subspan(from, columns),
+                                  part.begin() + static_cast<std::ptrdiff_t>(line * columns));
             }
             network.decode(part, {static_cast<std::int64_t>(rows), static_cast<std::int64_t>(columns)}, decoded);
             for (std::size_t line = 0; line < channels * rows * upscale; ++line) {
                 const std::size_t y = line % (rows * upscale), channel = line / (rows * upscale);
-                const std::size_t to = (channel * height * upscale + row.start * upscale + y) * page + column.start * upscale;
+                const std::size_t to =
+                    (channel * height * upscale + row.start * upscale + y) * page + column.start * upscale;
                 for (std::size_t x = 0; x < stripe; ++x)
                     image[to + x] += decoded[line * stripe + x] * (row.weight[y] * column.weight[x]);
             }

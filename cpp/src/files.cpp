@@ -27,7 +27,8 @@ std::string read_file(const std::filesystem::path& path) {
     std::error_code problem;
     const std::uintmax_t size = std::filesystem::file_size(path, problem);
     std::ifstream file(path, std::ios::binary);
-    if (problem || !file) throw error(DIFFX_BUNDLE_ERROR, path.string(), ": cannot be read; expected a bundle made by `diffx export`");
+    if (problem || !file)
+        throw error(DIFFX_BUNDLE_ERROR, path.string(), ": cannot be read; expected a bundle made by `diffx export`");
     std::string content(size, '\0');
     file.read(content.data(), static_cast<std::streamsize>(size));
     if (file.gcount() != static_cast<std::streamsize>(size))

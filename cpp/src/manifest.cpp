@@ -25,7 +25,8 @@ std::optional<Decoder> decoder_of(const nlohmann::json& entry) {
     if (entry.is_null()) return std::nullopt;
     const auto number = [&entry](const char* name) {
         const auto value = whole<std::int64_t>(entry.at(name));
-        if (value < 1 || value > kLargestSide) throw std::out_of_range(std::string("decoder.") + name + ": expected 1..65536");
+        if (value < 1 || value > kLargestSide)
+            throw std::out_of_range(std::string("decoder.") + name + ": expected 1..65536");
         return static_cast<std::size_t>(value);
     };
     return Decoder{number("upscale"), number("channels"), entry.at("tile").is_null() ? 0 : number("tile")};
@@ -41,8 +42,10 @@ std::vector<std::int64_t> image_shape(const std::vector<std::int64_t>& shape, co
 }
 
 Defaults defaults_of(const nlohmann::json& entry) {
-    Defaults defaults{entry.at("sampler"), whole<int>(entry.at("steps")), entry.at("guidance_scale"), whole<int>(entry.at("batch"))};
-    if (defaults.steps < 1 || defaults.batch < 1) throw std::out_of_range("defaults: expected steps and batch of at least 1");
+    Defaults defaults{entry.at("sampler"), whole<int>(entry.at("steps")), entry.at("guidance_scale"),
+                      whole<int>(entry.at("batch"))};
+    if (defaults.steps < 1 || defaults.batch < 1)
+        throw std::out_of_range("defaults: expected steps and batch of at least 1");
     return defaults;
 }
 
@@ -88,9 +91,11 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
             check_name(name);
             manifest.files.emplace(name, FileEntry{whole<std::uint64_t>(entry.at("size")), entry.at("sha256")});
         }
-        for (const char* name : {"weights.bin", "step.onnx", "step_plain.onnx", "plans.safetensors", "golden.safetensors"})
+        for (const char* name :
+             {"weights.bin", "step.onnx", "step_plain.onnx", "plans.safetensors", "golden.safetensors"})
             if (!manifest.files.contains(name)) throw std::out_of_range(std::string("does not list ") + name);
-        if (manifest.decoder && !manifest.files.contains("decoder.onnx")) throw std::out_of_range("does not list decoder.onnx");
+        if (manifest.decoder && !manifest.files.contains("decoder.onnx"))
+            throw std::out_of_range("does not list decoder.onnx");
         return manifest;
     } catch (const nlohmann::json::exception& problem) {
         throw refused(problem.what());

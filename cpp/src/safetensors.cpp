@@ -16,7 +16,8 @@ std::size_t count_of(const std::vector<std::int64_t>& shape, std::size_t limit) 
     std::size_t count = 1;
     for (std::int64_t side : shape) {
         if (side < 0) throw std::out_of_range("a negative side");
-        if (side != 0 && count > limit / static_cast<std::size_t>(side)) throw std::out_of_range("more than the file holds");
+        if (side != 0 && count > limit / static_cast<std::size_t>(side))
+            throw std::out_of_range("more than the file holds");
         count *= static_cast<std::size_t>(side);
     }
     return count;

@@ -14,7 +14,8 @@ constexpr std::uint32_t kStart = 0; // draw 0 is the start of sampling, draw 1 +
 
 /// Normal noise of some samples, one after the other.
 void fill_batch(std::span<float> batch, std::size_t size, std::uint64_t seed, std::uint64_t first, std::uint32_t draw) {
-    for (std::size_t k = 0; k * size < batch.size(); ++k) fill_normal(batch.subspan(k * size, size), seed, first + k, draw);
+    for (std::size_t k = 0; k * size < batch.size(); ++k)
+        fill_normal(batch.subspan(k * size, size), seed, first + k, draw);
 }
 
 void check_labels(const Manifest& manifest, const Request& request) {
@@ -22,7 +23,8 @@ void check_labels(const Manifest& manifest, const Request& request) {
     if (manifest.num_classes == 0)
         throw error(DIFFX_SHAPE_ERROR, "labels: this model has no labels; ask for a number of images instead");
     if (request.labels.size() != request.num)
-        throw error(DIFFX_SHAPE_ERROR, "num ", request.num, ": got ", request.labels.size(), " labels; give one of the two");
+        throw error(DIFFX_SHAPE_ERROR, "num ", request.num, ": got ", request.labels.size(),
+                    " labels; give one of the two");
     for (const std::int64_t label : request.labels)
         if (label < 0 || label >= manifest.num_classes)
             throw error(DIFFX_SHAPE_ERROR, "label ", label, ": this model has labels 0..", manifest.num_classes - 1);
@@ -48,13 +50,15 @@ void Sampler::sample(const Request& request, std::span<float> images) {
     if (request.steps < 0) throw error(DIFFX_PLAN_ERROR, "steps ", request.steps, ": expected at least 1");
     if (request.batch < 0) throw error(DIFFX_SHAPE_ERROR, "batch ", request.batch, ": expected at least 1");
     if (images.size() / manifest.image_size < request.num)
-        throw error(DIFFX_SHAPE_ERROR, "images: there is room for ", images.size(), " numbers, ", request.num, " images have ",
-                    manifest.image_size, " each");
+        throw error(DIFFX_SHAPE_ERROR, "images: there is room for ", images.size(), " numbers, ", request.num,
+                    " images have ", manifest.image_size, " each");
     check_labels(manifest, request);
-    const Plan plan = bundle_->plan(request.sampler.empty() ? defaults.sampler : request.sampler,
-                                    request.steps == 0 ? defaults.steps : request.steps,
-                                    std::isnan(request.guidance_scale) ? defaults.guidance_scale : request.guidance_scale);
-    const std::size_t batch = std::min(request.num, static_cast<std::size_t>(request.batch == 0 ? defaults.batch : request.batch));
+    const Plan plan =
+        bundle_->plan(request.sampler.empty() ? defaults.sampler : request.sampler,
+                      request.steps == 0 ? defaults.steps : request.steps,
+                      std::isnan(request.guidance_scale) ? defaults.guidance_scale : request.guidance_scale);
+    const std::size_t batch =
+        std::min(request.num, static_cast<std::size_t>(request.batch == 0 ? defaults.batch : request.batch));
     const std::size_t batches = (request.num + batch - 1) / batch, rows = plan.rows.size();
     for (std::size_t done = 0; done < batches; ++done) {
         const std::size_t start = done * batch, count = std::min(batch, request.num - start);
@@ -65,8 +69,9 @@ void Sampler::sample(const Request& request, std::span<float> images) {
         for (float& x : start_) x *= plan.x_scale;
         labels_.resize(manifest.num_classes == 0 ? 0 : count);
         for (std::size_t k = 0; k < labels_.size(); ++k)
-            labels_[k] = request.labels.empty() ? static_cast<std::int64_t>((start + k) % static_cast<std::size_t>(manifest.num_classes))
-                                                : request.labels[start + k];
+            labels_[k] = request.labels.empty()
+                             ? static_cast<std::int64_t>((start + k) % static_cast<std::size_t>(manifest.num_classes))
+                             : request.labels[start + k];
         state.begin(start_, labels_, {});
         for (std::size_t row = 0; row < rows; ++row) {
             if (plan.rows[row][kNoise] != 0)
@@ -85,8 +90,9 @@ void Sampler::sample(const Request& request, std::span<float> images) {
         }
         const auto bad = std::ranges::find_if(out, [](float number) { return !std::isfinite(number); });
         if (bad != out.end())
-            throw error(DIFFX_BACKEND_ERROR, "sample ", first + static_cast<std::size_t>(bad - out.begin()) / manifest.image_size,
-                        ": ", backend_, " returned numbers that are not finite; check the bundle with `diffx verify`");
+            throw error(DIFFX_BACKEND_ERROR, "sample ",
+                        first + static_cast<std::size_t>(bad - out.begin()) / manifest.image_size, ": ", backend_,
+                        " returned numbers that are not finite; check the bundle with `diffx verify`");
     }
 }
 

@@ -29,7 +29,8 @@ class Sampler {
 public:
     Sampler(std::shared_ptr<const Bundle> bundle, const std::string& backend, const Options& options);
 
-    /// Draw request.num images into images, (num, *shape). What a request leaves empty, 0 or NaN is the bundle's default.
+    /// Draw request.num images into images, (num, *shape). What a request leaves empty, 0 or NaN is the bundle's
+    /// default.
     void sample(const Request& request, std::span<float> images);
 
     const Bundle& bundle() const { return *bundle_; }

@@ -13,15 +13,17 @@
 namespace diffx::core {
 namespace {
 
-constexpr int kRepeats = 3;       // of each case; the fastest counts
+constexpr int kRepeats = 3;        // of each case; the fastest counts
 constexpr std::uint64_t kSeed = 0; // of the recorded run
 
-/// What a precision is held to, as diffexport/parity.py has it: a whole run by relative error, or by PSNR where that is given.
+/// What a precision is held to, as diffexport/parity.py has it: a whole run by relative error, or by PSNR where that is
+/// given.
 struct Limits {
     const char* precision;
     double step, trajectory, psnr;
 };
-constexpr Limits kLimits[] = {{"fp32", 1e-5, 1e-4, 0}, {"fp16", 3e-3, 0, 40}, {"bf16", 2e-2, 0, 30}, {"int8", 1e-1, 0, 25}};
+constexpr Limits kLimits[] = {
+    {"fp32", 1e-5, 1e-4, 0}, {"fp16", 3e-3, 0, 40}, {"bf16", 2e-2, 0, 30}, {"int8", 1e-1, 0, 25}};
 
 const Limits& limits_of(const Manifest& manifest) {
     for (const Limits& limits : kLimits)
@@ -41,12 +43,13 @@ Finding compared(std::string name, std::span<const float> found, std::span<const
     const auto [low, high] = std::ranges::minmax(expected);
     const double peak = static_cast<double>(high) - low, mse = error / static_cast<double>(expected.size());
     const double psnr = mse == 0 ? std::numeric_limits<double>::infinity() : 10 * std::log10(peak * peak / mse);
-    return {std::move(name), false, false, scale == 0 ? std::sqrt(error) : std::sqrt(error / scale), largest, psnr, 0, 0};
+    return {std::move(name), false, false, scale == 0 ? std::sqrt(error) : std::sqrt(error / scale),
+            largest,         psnr,  0,     0};
 }
 
 /// A comparison that is held to a relative error.
-Finding held(std::string name, std::span<const float> found, std::span<const float> expected, double limit, double seconds,
-             double at_least = 0) {
+Finding held(std::string name, std::span<const float> found, std::span<const float> expected, double limit,
+             double seconds, double at_least = 0) {
     Finding finding = compared(std::move(name), found, expected, at_least);
     finding.limit = limit;
     finding.passed = finding.relative_l2 <= limit;
@@ -66,14 +69,18 @@ public:
     /// Samples in a tensor of (B, *shape), which others of the same case must have as well.
     std::size_t batch(const std::string& name) const { return floats(name).size() / size_; }
     std::span<const float> floats(const std::string& name, std::size_t count) const {
-        if (floats(name).size() != count) throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": has ", floats(name).size(), " numbers, expected ", count);
+        if (floats(name).size() != count)
+            throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": has ", floats(name).size(), " numbers, expected ",
+                        count);
         return floats(name);
     }
     std::vector<Row> rows(const std::string& name) const {
         const auto numbers = floats(name);
-        if (numbers.empty() || numbers.size() % kColumns != 0) throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is no row of a plan");
+        if (numbers.empty() || numbers.size() % kColumns != 0)
+            throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is no row of a plan");
         std::vector<Row> rows(numbers.size() / kColumns);
-        for (std::size_t k = 0; k < rows.size(); ++k) std::ranges::copy(numbers.subspan(k * kColumns, kColumns), rows[k].begin());
+        for (std::size_t k = 0; k < rows.size(); ++k)
+            std::ranges::copy(numbers.subspan(k * kColumns, kColumns), rows[k].begin());
         return rows;
     }
     std::set<std::string> steps() const {
@@ -86,7 +93,8 @@ public:
 private:
     const Tensor& at(const std::string& name) const {
         const auto found = tensors_.find(name);
-        if (found == tensors_.end()) throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is missing; export the model again");
+        if (found == tensors_.end())
+            throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is missing; export the model again");
         return found->second;
     }
     Tensors tensors_;
@@ -121,7 +129,8 @@ std::vector<Finding> selftest(Sampler& sampler) {
     for (const std::string& name : cases.steps()) {
         const std::size_t batch = cases.batch(name + ".x"), numbers = batch * manifest.size;
         if (batch == 0) throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is empty");
-        const auto x = cases.floats(name + ".x", numbers), h = cases.floats(name + ".h", numbers), z = cases.floats(name + ".z", numbers);
+        const auto x = cases.floats(name + ".x", numbers), h = cases.floats(name + ".h", numbers),
+                   z = cases.floats(name + ".z", numbers);
         const auto labels = labels_of(name + ".label", batch);
         const Row row = cases.rows(name + ".row").front();
         std::vector<float> x_next(numbers), h_next(numbers);
@@ -132,8 +141,10 @@ std::vector<Finding> selftest(Sampler& sampler) {
             state->step(row);
             state->read(x_next, h_next);
         });
-        // Below fp32 an error is taken relative to what an output of unit RMS puts into the result, where that is larger.
-        const double unit = manifest.precision == "fp32" ? 0 : std::abs(row[kCOut]) * std::sqrt(static_cast<double>(numbers));
+        // Below fp32 an error is taken relative to what an output of unit RMS puts into the result, where that is
+        // larger.
+        const double unit =
+            manifest.precision == "fp32" ? 0 : std::abs(row[kCOut]) * std::sqrt(static_cast<double>(numbers));
         findings.push_back(held(name + ".x_next", x_next, cases.floats(name + ".x_next", numbers), limits.step, seconds,
                                 unit * std::abs(row[kXD])));
         findings.push_back(held(name + ".h_next", h_next, cases.floats(name + ".h_next", numbers), limits.step, seconds,
@@ -170,7 +181,8 @@ std::vector<Finding> selftest(Sampler& sampler) {
         std::vector<float> image(manifest.image_size);
         const auto latents = cases.floats("decoder.x", manifest.size);
         const double taken = fastest([&] { decode(sampler.network(), manifest, latents, image); });
-        findings.push_back(held("decoder.image", image, cases.floats("decoder.image", image.size()), limits.step, taken));
+        findings.push_back(
+            held("decoder.image", image, cases.floats("decoder.image", image.size()), limits.step, taken));
     }
     return findings;
 }

@@ -6,7 +6,7 @@
 
 #include "diffx.h"
 
-static void expect(diffx_status found, diffx_status expected, const char *message) {
+static void expect(diffx_status found, diffx_status expected, const char* message) {
     if (found != expected || (message != NULL && strstr(diffx_last_error(), message) == NULL)) {
         fprintf(stderr, "got status %d (%s), expected %d (%s)\n", (int)found, diffx_last_error(), (int)expected,
                 message ? message : "");
@@ -14,18 +14,18 @@ static void expect(diffx_status found, diffx_status expected, const char *messag
     }
 }
 
-static void count(void *user, size_t done, size_t total) {
+static void count(void* user, size_t done, size_t total) {
     (void)total;
-    *(size_t *)user = done;
+    *(size_t*)user = done;
 }
 
-static void report(void *user, const diffx_finding *finding) {
-    if (finding->size >= sizeof *finding && finding->passed && finding->seconds_per_step > 0) ++*(size_t *)user;
+static void report(void* user, const diffx_finding* finding) {
+    if (finding->size >= sizeof *finding && finding->passed && finding->seconds_per_step > 0) ++*(size_t*)user;
 }
 
-int main(int words, char **word) {
-    diffx_bundle *bundle = NULL;
-    diffx_sampler *sampler = NULL;
+int main(int words, char** word) {
+    diffx_bundle* bundle = NULL;
+    diffx_sampler* sampler = NULL;
     diffx_request request;
     int64_t shape[3];
     if (words != 2) return 2;
@@ -37,7 +37,8 @@ int main(int words, char **word) {
     diffx_sampler_free(NULL);
 
     expect(diffx_bundle_open(word[1], &bundle), DIFFX_OK, NULL);
-    expect(diffx_sampler_open(bundle, "nonsense", NULL, &sampler), DIFFX_BACKEND_ERROR, "known: ort, ort-cuda, openvino");
+    expect(diffx_sampler_open(bundle, "nonsense", NULL, &sampler), DIFFX_BACKEND_ERROR,
+           "known: ort, ort-cuda, openvino");
     diffx_options options = {sizeof options, 1, 0};
     expect(diffx_sampler_open(bundle, "ort", &options, &sampler), DIFFX_OK, NULL);
     expect(strcmp(diffx_sampler_device(sampler), "CPU") == 0 ? DIFFX_OK : DIFFX_INTERNAL_ERROR, DIFFX_OK, NULL);
@@ -45,7 +46,7 @@ int main(int words, char **word) {
     const size_t rank = diffx_bundle_shape(bundle, shape);
     size_t size = 1, seen = 0, passed = 0;
     for (size_t k = 0; k < rank; ++k) size *= (size_t)shape[k];
-    float *images = malloc(3 * size * sizeof *images);
+    float* images = malloc(3 * size * sizeof *images);
     const int64_t labels[] = {3, 1, 4};
     diffx_request_init(&request, sizeof request);
     request.labels = labels, request.num_labels = request.num = 3;

@@ -16,6 +16,7 @@ int main(int count, char** words) {
                                             .seed = (std::uint64_t{1} << 40) + 3,
                                             .first = 5,
                                             .batch = 2});
-        out.write(reinterpret_cast<const char*>(images.data.data()), static_cast<std::streamsize>(images.data.size() * sizeof(float)));
+        out.write(reinterpret_cast<const char*>(images.data.data()),
+                  static_cast<std::streamsize>(images.data.size() * sizeof(float)));
     }
 }

@@ -1,6 +1,7 @@
-// Stands between the library and ONNX Runtime: times the runs of the network, and counts what is allocated between them on
-// the thread that samples. Given as DIFFX_ONNXRUNTIME_LIBRARY it wraps the library that RAW_RUNS_LIBRARY names; loaded before
-// the program (LD_PRELOAD) it sees every allocation. What it found is written to stderr when the program ends.
+// Stands between the library and ONNX Runtime: times the runs of the network, and counts what is allocated between them
+// on the thread that samples. Given as DIFFX_ONNXRUNTIME_LIBRARY it wraps the library that RAW_RUNS_LIBRARY names;
+// loaded before the program (LD_PRELOAD) it sees every allocation. What it found is written to stderr when the program
+// ends.
 #include <dlfcn.h>
 #include <onnxruntime_c_api.h>
 
@@ -14,15 +15,16 @@ using Clock = std::chrono::steady_clock;
 
 constexpr unsigned long kWarmUp = 20; // runs that are left out
 
-thread_local bool between = false; // this thread has run the network and is not in it now
-thread_local unsigned long pending = 0; // allocations since the last run
+thread_local bool between = false;       // this thread has run the network and is not in it now
+thread_local unsigned long pending = 0;  // allocations since the last run
 unsigned long runs = 0, allocations = 0; // of those that another run followed
 double seconds_of_runs = 0, seconds_in_all = 0;
 Clock::time_point begun;
 
 decltype(OrtApi::RunWithBinding) real_run = nullptr;
 
-OrtStatus* ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* options, const OrtIoBinding* binding) noexcept {
+OrtStatus* ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* options,
+                                  const OrtIoBinding* binding) noexcept {
     between = false;
     allocations += pending;
     const auto started = Clock::now();

@@ -16,7 +16,8 @@ json good() {
         "schema": 1, "name": "toy", "precision": "fp32", "decoder": {"upscale": 8, "channels": 3, "tile": null},
         "model": {"shape": [4, 32, 32], "num_classes": 2, "label_names": ["ant", "bee"], "has_null": true},
         "defaults": {"sampler": "ddim", "steps": 20, "guidance_scale": 1.0, "batch": 8}, "files": {}})");
-    for (const char* name : {"weights.bin", "step.onnx", "step_plain.onnx", "decoder.onnx", "plans.safetensors", "golden.safetensors"})
+    for (const char* name :
+         {"weights.bin", "step.onnx", "step_plain.onnx", "decoder.onnx", "plans.safetensors", "golden.safetensors"})
         manifest["files"][name] = {{"size", 1}, {"sha256", "00"}};
     return manifest;
 }

@@ -18,8 +18,12 @@ std::string file_of(const std::string& header, const std::string& data, std::uin
     return file + header + data;
 }
 
-Tensors parsed(const std::string& file) { return parse_safetensors(std::as_bytes(std::span(file)), "t.safetensors"); }
-Tensors parsed(const std::string& header, const std::string& data) { return parsed(file_of(header, data, header.size())); }
+Tensors parsed(const std::string& file) {
+    return parse_safetensors(std::as_bytes(std::span(file)), "t.safetensors");
+}
+Tensors parsed(const std::string& header, const std::string& data) {
+    return parsed(file_of(header, data, header.size()));
+}
 
 const std::string kEight(8, '\x3f'); // bytes
 
@@ -70,5 +74,6 @@ TEST_CASE("what is wrong is refused with the file's and the tensor's name") {
     refused(tensor(R"("dtype":"F32","shape":[3],"data_offsets":[0,8])"), "its shape and its bytes differ");
     refused(tensor(R"("dtype":"F32","shape":[1],"data_offsets":[0,8])"), "its shape and its bytes differ");
     refused(tensor(R"("dtype":"F32","shape":[-2],"data_offsets":[0,8])"), "a negative side");
-    refused(tensor(R"("dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8])"), "more than the file holds");
+    refused(tensor(R"("dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8])"),
+            "more than the file holds");
 }

@@ -11,7 +11,14 @@ int main(int, char** words) {
         auto sampler = bundle.sampler(words[2], {sizeof(diffx_options), 1, 0});
         std::vector<float> all;
         for (const double guidance : {1.0, 2.0}) {
-            const auto images = sampler.sample({.labels = {0, 1, 2}, .num = 0, .sampler = "ddpm", .steps = 10, .guidance_scale = guidance, .seed = 1, .first = first, .batch = 2});
+            const auto images = sampler.sample({.labels = {0, 1, 2},
+                                                .num = 0,
+                                                .sampler = "ddpm",
+                                                .steps = 10,
+                                                .guidance_scale = guidance,
+                                                .seed = 1,
+                                                .first = first,
+                                                .batch = 2});
             all.insert(all.end(), images.data.begin(), images.data.end());
         }
         return all;

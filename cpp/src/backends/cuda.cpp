@@ -7,8 +7,8 @@ namespace diffx::core {
 namespace {
 
 // As cuda_runtime_api.h has them; a status is an int, 0 for success.
-constexpr int kToDevice = 1, kToHost = 2;                    // cudaMemcpyKind
-constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;  // cudaDeviceAttr
+constexpr int kToDevice = 1, kToHost = 2;                   // cudaMemcpyKind
+constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76; // cudaDeviceAttr
 using Stream = struct CUstream_st*;
 
 class Cuda {
@@ -20,9 +20,10 @@ public:
     int (*attribute)(int*, int, int) = library_.symbol<int(int*, int, int)>("cudaDeviceGetAttribute");
     int (*allocate)(void**, std::size_t) = library_.symbol<int(void**, std::size_t)>("cudaMalloc");
     int (*free)(void*) = library_.symbol<int(void*)>("cudaFree");
-    int (*copy)(void*, const void*, std::size_t, int, Stream) =
-        library_.symbol<int(void*, const void*, std::size_t, int, Stream)>("cudaMemcpyAsync");
-    int (*set)(void*, int, std::size_t, Stream) = library_.symbol<int(void*, int, std::size_t, Stream)>("cudaMemsetAsync");
+    int (*copy)(void*, const void*, std::size_t, int,
+                Stream) = library_.symbol<int(void*, const void*, std::size_t, int, Stream)>("cudaMemcpyAsync");
+    int (*set)(void*, int, std::size_t,
+               Stream) = library_.symbol<int(void*, int, std::size_t, Stream)>("cudaMemsetAsync");
     int (*stream_create)(Stream*) = library_.symbol<int(Stream*)>("cudaStreamCreate");
     int (*stream_destroy)(Stream) = library_.symbol<int(Stream)>("cudaStreamDestroy");
     int (*synchronize)(Stream) = library_.symbol<int(Stream)>("cudaStreamSynchronize");
@@ -64,9 +65,12 @@ public:
     DeviceMemory& operator=(const DeviceMemory&) = delete;
     ~DeviceMemory() override { cuda_.stream_destroy(stream_); }
 
-    std::unique_ptr<Buffer> allocate(std::size_t bytes) override { return std::make_unique<DeviceBuffer>(cuda_, bytes); }
+    std::unique_ptr<Buffer> allocate(std::size_t bytes) override {
+        return std::make_unique<DeviceBuffer>(cuda_, bytes);
+    }
     void upload(Buffer& to, const void* from, std::size_t bytes) override {
-        cuda_.check(cuda_.copy(to.data(), from, bytes, kToDevice, stream_)); // from pageable memory: read when it returns
+        cuda_.check(
+            cuda_.copy(to.data(), from, bytes, kToDevice, stream_)); // from pageable memory: read when it returns
     }
     void download(void* to, Buffer& from, std::size_t bytes) override {
         cuda_.check(cuda_.copy(to, from.data(), bytes, kToHost, stream_));
@@ -83,7 +87,9 @@ private:
 
 } // namespace
 
-std::unique_ptr<CudaMemory> cuda_memory(int device) { return std::make_unique<DeviceMemory>(device); }
+std::unique_ptr<CudaMemory> cuda_memory(int device) {
+    return std::make_unique<DeviceMemory>(device);
+}
 
 std::string cuda_capability(int device) {
     int major = 0, minor = 0;

@@ -44,7 +44,8 @@ std::vector<Engine> engines_for(const Bundle& bundle, const Target& target) {
     std::string reason = bundle.path().string() + ": has no engine for " + target.backend;
     std::vector<std::filesystem::path> folders;
     if (std::error_code none; std::filesystem::is_directory(bundle.path() / "engines", none))
-        for (const auto& entry : std::filesystem::directory_iterator(bundle.path() / "engines")) folders.push_back(entry.path());
+        for (const auto& entry : std::filesystem::directory_iterator(bundle.path() / "engines"))
+            folders.push_back(entry.path());
     std::ranges::sort(folders);
     for (const auto& folder : folders) {
         const auto path = folder / "engine.json";
@@ -66,8 +67,8 @@ std::vector<Engine> engines_for(const Bundle& bundle, const Target& target) {
         }
     }
     if (fitting.empty())
-        throw error(DIFFX_BACKEND_ERROR, reason, "; run `diffx build ", bundle.path().string(), " --backend ", target.backend,
-                    "` for ", target.capability);
+        throw error(DIFFX_BACKEND_ERROR, reason, "; run `diffx build ", bundle.path().string(), " --backend ",
+                    target.backend, "` for ", target.capability);
     return fitting;
 }
 
@@ -83,7 +84,8 @@ Choice choose(const std::vector<Engine>& engines, const std::string& graph, std:
         }
     if (best.engine != nullptr) return best;
     if (most == 0) throw error(DIFFX_BACKEND_ERROR, "there is no engine of ", graph, "; ", kBuildAgain);
-    throw error(DIFFX_SHAPE_ERROR, "batch ", batch, ": the engine of ", graph, " takes up to ", most, "; sample with --batch ", most);
+    throw error(DIFFX_SHAPE_ERROR, "batch ", batch, ": the engine of ", graph, " takes up to ", most,
+                "; sample with --batch ", most);
 }
 
 } // namespace diffx::core

@@ -22,14 +22,14 @@ struct Engine {
 
 /// What runs here: which product, its version, and the GPU.
 struct Target {
-    std::string backend; // "trt-rtx"
-    std::string product; // "tensorrt_rtx"
-    std::string version; // "1.7.1.116"
+    std::string backend;    // "trt-rtx"
+    std::string product;    // "tensorrt_rtx"
+    std::string version;    // "1.7.1.116"
     std::string capability; // "sm89"
 };
 
-/// The engines of a bundle that were built from its graphs and weights, and for this target; each has been checked against
-/// its record. Throws DIFFX_BACKEND_ERROR where there is none, which says why not and what to type.
+/// The engines of a bundle that were built from its graphs and weights, and for this target; each has been checked
+/// against its record. Throws DIFFX_BACKEND_ERROR where there is none, which says why not and what to type.
 std::vector<Engine> engines_for(const Bundle& bundle, const Target& target);
 
 /// The engine of a graph for a batch, its profile, and the batch to run it at: the one that wastes least.

@@ -19,14 +19,15 @@ Library::Library(const char* backend, const char* variable, const std::string& n
         if (handle_ != nullptr) return;
         problems.append(problems.empty() ? "" : "; ").append(dlerror());
     }
-    throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': its library cannot be opened (", problems, "); ", install,
-                ", or name the file in ", variable);
+    throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': its library cannot be opened (", problems, "); ",
+                install, ", or name the file in ", variable);
 }
 
 void* Library::address(const char* name) const {
     void* found = dlsym(handle_, name);
     if (found == nullptr)
-        throw error(DIFFX_BACKEND_ERROR, "backend '", backend_, "': ", name_, " has no ", name, "; it is of another version");
+        throw error(DIFFX_BACKEND_ERROR, "backend '", backend_, "': ", name_, " has no ", name,
+                    "; it is of another version");
     return found;
 }
 

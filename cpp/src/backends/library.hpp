@@ -8,8 +8,8 @@ namespace diffx::core {
 
 class Library {
 public:
-    /// Open the library that the environment variable names, else the first of names (separated by spaces) that is found.
-    /// Throws DIFFX_BACKEND_ERROR, which says what to install.
+    /// Open the library that the environment variable names, else the first of names (separated by spaces) that is
+    /// found. Throws DIFFX_BACKEND_ERROR, which says what to install.
     Library(const char* backend, const char* variable, const std::string& names, const char* install);
     Library(const Library&) = delete;
     Library& operator=(const Library&) = delete;

@@ -26,6 +26,8 @@ public:
 
 } // namespace
 
-std::unique_ptr<Memory> host_memory() { return std::make_unique<HostMemory>(); }
+std::unique_ptr<Memory> host_memory() {
+    return std::make_unique<HostMemory>();
+}
 
 } // namespace diffx::core

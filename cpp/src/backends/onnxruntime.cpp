@@ -15,12 +15,13 @@ namespace {
 /// The runtime: its table of functions, and what each of them returns turned into an error.
 class Ort {
 public:
-    Ort() : library_("ort", "DIFFX_ONNXRUNTIME_LIBRARY", DIFFX_ONNXRUNTIME_LIBRARY, "install ONNX Runtime's C library") {
+    Ort()
+        : library_("ort", "DIFFX_ONNXRUNTIME_LIBRARY", DIFFX_ONNXRUNTIME_LIBRARY, "install ONNX Runtime's C library") {
         const OrtApiBase* base = library_.symbol<const OrtApiBase*()>("OrtGetApiBase")();
         api = base->GetApi(ORT_API_VERSION);
         if (api == nullptr)
-            throw error(DIFFX_BACKEND_ERROR, "backend 'ort': ", library_.name(), " is version ", base->GetVersionString(),
-                        ", expected 1.", ORT_API_VERSION, " or later");
+            throw error(DIFFX_BACKEND_ERROR, "backend 'ort': ", library_.name(), " is version ",
+                        base->GetVersionString(), ", expected 1.", ORT_API_VERSION, " or later");
     }
 
     void check(OrtStatus* status, std::string_view what) const {
@@ -76,7 +77,8 @@ public:
     }
 
     /// A tensor over numbers that lie on the host, or on the network's device.
-    Handle<OrtValue> tensor(void* data, std::size_t bytes, std::span<const std::int64_t> shape, bool integers, bool host) const {
+    Handle<OrtValue> tensor(void* data, std::size_t bytes, std::span<const std::int64_t> shape, bool integers,
+                            bool host) const {
         const bool cuda = cuda_ && !host;
         Handle<OrtMemoryInfo> info(ort.api->ReleaseMemoryInfo);
         ort.check(ort.api->CreateMemoryInfo(cuda ? "Cuda" : "Cpu", OrtDeviceAllocator, cuda ? options_.device : 0,
@@ -84,7 +86,8 @@ public:
                   "tensor");
         Handle<OrtValue> value(ort.api->ReleaseValue);
         const auto type = integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-        ort.check(ort.api->CreateTensorWithDataAsOrtValue(info.get(), data, bytes, shape.data(), shape.size(), type, value.out()),
+        ort.check(ort.api->CreateTensorWithDataAsOrtValue(info.get(), data, bytes, shape.data(), shape.size(), type,
+                                                          value.out()),
                   "tensor");
         return value;
     }
@@ -127,7 +130,8 @@ public:
 class OrtState final : public BufferedState {
 public:
     OrtState(std::shared_ptr<OrtNetwork> network, std::size_t batch)
-        : BufferedState(network->memory(), network->manifest, batch), network_(std::move(network)), ort_(network_->ort) {
+        : BufferedState(network->memory(), network->manifest, batch), network_(std::move(network)),
+          ort_(network_->ort) {
         for (const Slot& slot : slots())
             tensors_.push_back(network_->tensor(slot.buffer->data(), slot.bytes, slot.shape, slot.integers, false));
     }
@@ -146,7 +150,8 @@ private:
         ort_.check(ort_.api->CreateIoBinding(session, binding.out()), "binding");
         for (const char* name : {"x", "h", "z", "row", "label"}) {
             const std::size_t found = place(name, back);
-            if (found < tensors_.size()) ort_.check(ort_.api->BindInput(binding.get(), name, tensors_[found].get()), name);
+            if (found < tensors_.size())
+                ort_.check(ort_.api->BindInput(binding.get(), name, tensors_[found].get()), name);
         }
         for (const char* name : {"x_next", "h_next"})
             ort_.check(ort_.api->BindOutput(binding.get(), name, tensors_[place(name, back)].get()), name);
@@ -179,8 +184,9 @@ void OrtNetwork::decode(std::span<const float> latents, std::array<std::int64_t,
 
 std::shared_ptr<Network> open_onnxruntime(const Bundle& bundle, const Options& options) {
     if (bundle.manifest().precision == "bf16")
-        throw error(DIFFX_BACKEND_ERROR, "backend 'ort': ONNX Runtime has no bfloat16 on a CPU; take --backend openvino, or a "
-                                         "bundle of fp16");
+        throw error(DIFFX_BACKEND_ERROR,
+                    "backend 'ort': ONNX Runtime has no bfloat16 on a CPU; take --backend openvino, or a "
+                    "bundle of fp16");
     return std::make_shared<OrtNetwork>(bundle, options, false);
 }
 

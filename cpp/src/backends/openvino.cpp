@@ -1,5 +1,5 @@
-// OpenVINO on the CPU, through its C API, with the settings of diffexport/backends/openvino.py. A request holds the buffers
-// of a state for one graph and direction, set once.
+// OpenVINO on the CPU, through its C API, with the settings of diffexport/backends/openvino.py. A request holds the
+// buffers of a state for one graph and direction, set once.
 #include <openvino/c/openvino.h>
 
 #include <mutex>
@@ -20,7 +20,8 @@ public:
     template <typename Function>
     using Pointer = std::add_pointer_t<Function>;
 
-#define DIFFX_OPENVINO_FUNCTION(name) Pointer<decltype(ov_##name)> name = library_.symbol<decltype(ov_##name)>("ov_" #name)
+#define DIFFX_OPENVINO_FUNCTION(name)                                                                                  \
+    Pointer<decltype(ov_##name)> name = library_.symbol<decltype(ov_##name)>("ov_" #name)
 private:
     Library library_{"openvino", "DIFFX_OPENVINO_LIBRARY", DIFFX_OPENVINO_LIBRARY, "install OpenVINO"};
 
@@ -80,7 +81,8 @@ public:
     }
 
     /// Let a request read or write numbers on the host.
-    void set(ov_infer_request_t* request, const char* name, void* data, std::span<const std::int64_t> shape, bool integers) const {
+    void set(ov_infer_request_t* request, const char* name, void* data, std::span<const std::int64_t> shape,
+             bool integers) const {
         const ov_shape_t sides{static_cast<std::int64_t>(shape.size()), const_cast<std::int64_t*>(shape.data())};
         ov_tensor_t* made = nullptr;
         ov.check(ov.tensor_create_from_host_ptr(integers ? I64 : F32, sides, data, &made), name);
@@ -96,9 +98,9 @@ private:
         const std::string path = (folder_ / (std::string(kGraphs[which]) + ".onnx")).string();
         const std::string threads = std::to_string(thread_count(options_));
         ov_compiled_model_t* compiled = nullptr;
-        ov.check(ov.core_compile_model_from_file(core_.get(), path.c_str(), kDevice, 6, &compiled, "INFERENCE_PRECISION_HINT",
-                                                 bf16_ ? "bf16" : "f32", "INFERENCE_NUM_THREADS", threads.c_str(),
-                                                 "NUM_STREAMS", "1"),
+        ov.check(ov.core_compile_model_from_file(core_.get(), path.c_str(), kDevice, 6, &compiled,
+                                                 "INFERENCE_PRECISION_HINT", bf16_ ? "bf16" : "f32",
+                                                 "INFERENCE_NUM_THREADS", threads.c_str(), "NUM_STREAMS", "1"),
                  path);
         return std::make_unique<Owned<ov_compiled_model_t>>(compiled, ov.compiled_model_free);
     }
@@ -148,7 +150,8 @@ std::unique_ptr<State> OpenVinoNetwork::state(std::size_t batch) {
     return std::make_unique<OpenVinoState>(shared_from_this(), batch);
 }
 
-void OpenVinoNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) {
+void OpenVinoNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides,
+                             std::span<float> image) {
     const auto upscale = static_cast<std::int64_t>(manifest.decoder->upscale);
     const std::int64_t from[] = {1, manifest.shape[0], sides[0], sides[1]};
     const std::int64_t to[] = {1, manifest.image_shape[0], sides[0] * upscale, sides[1] * upscale};

@@ -1,5 +1,6 @@
-// TensorRT and TensorRT for RTX: engines that `diffx build` made, run on a CUDA device. One code path serves both products.
-// Engines are shared by all samplers; a state has an execution context of its own for each graph, and a stream.
+// TensorRT and TensorRT for RTX: engines that `diffx build` made, run on a CUDA device. One code path serves both
+// products. Engines are shared by all samplers; a state has an execution context of its own for each graph, and a
+// stream.
 #include <NvInferRuntime.h>
 
 #include <algorithm>
@@ -46,15 +47,18 @@ public:
         const int major = number("Major");
         for (const char* part : {"Major", "Minor", "Patch", "Build"})
             version_.append(version_.empty() ? "" : ".").append(std::to_string(number(part)));
-        // RTX counts its versions apart, and keeps the interface of the headers; TensorRT may change it with each major one.
+        // RTX counts its versions apart, and keeps the interface of the headers; TensorRT may change it with each major
+        // one.
         const bool rtx = std::string_view(backend) == "trt-rtx";
         if (!rtx && major != NV_TENSORRT_MAJOR)
             throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': ", library_.name(), " is version ", version_,
-                        ", this library was built with the headers of ", NV_TENSORRT_MAJOR, "; build it again with those of ", major);
+                        ", this library was built with the headers of ", NV_TENSORRT_MAJOR,
+                        "; build it again with those of ", major);
         const std::int32_t asked = rtx ? library_.symbol<std::int32_t()>("getInferLibVersion")() : NV_TENSORRT_VERSION;
         runtime_.reset(static_cast<nvinfer1::IRuntime*>(
             library_.symbol<void*(void*, std::int32_t)>("createInferRuntime_INTERNAL")(&complaints_, asked)));
-        if (!runtime_) throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': no runtime object (", complaints_.last(), ")");
+        if (!runtime_)
+            throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': no runtime object (", complaints_.last(), ")");
     }
 
     std::unique_ptr<nvinfer1::ICudaEngine> engine(const std::filesystem::path& file) {
@@ -86,11 +90,13 @@ private:
 class TensorRtNetwork final : public Network, public std::enable_shared_from_this<TensorRtNetwork> {
 public:
     TensorRtNetwork(const Bundle& bundle, const Options& options, const char* backend, std::unique_ptr<Product> product)
-        : trt(std::move(product)), manifest(bundle.manifest()), options_(options), capability_(cuda_capability(options.device)),
+        : trt(std::move(product)), manifest(bundle.manifest()), options_(options),
+          capability_(cuda_capability(options.device)),
           engines_(engines_for(bundle, {backend, trt->name(), trt->version(), capability_})) {}
 
     std::string device() const override {
-        return "CUDA device " + std::to_string(options_.device) + " (" + capability_ + "), " + trt->name() + " " + trt->version();
+        return "CUDA device " + std::to_string(options_.device) + " (" + capability_ + "), " + trt->name() + " " +
+               trt->version();
     }
     std::unique_ptr<State> state(std::size_t batch) override;
     void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) override;
@@ -118,7 +124,8 @@ public:
         }
         std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
         trt->must(context != nullptr, std::string("a context for ") + kGraphs[graph]);
-        trt->must(context->setOptimizationProfileAsync(static_cast<std::int32_t>(chosen.profile), static_cast<cudaStream_t>(stream)),
+        trt->must(context->setOptimizationProfileAsync(static_cast<std::int32_t>(chosen.profile),
+                                                       static_cast<cudaStream_t>(stream)),
                   "profile " + std::to_string(chosen.profile));
         return context;
     }
@@ -143,7 +150,8 @@ nvinfer1::Dims dims_of(std::span<const std::int64_t> shape) {
 
 class TensorRtState final : public BufferedState {
 public:
-    TensorRtState(std::shared_ptr<TensorRtNetwork> network, std::unique_ptr<Memory> memory, void* stream, std::size_t batch)
+    TensorRtState(std::shared_ptr<TensorRtNetwork> network, std::unique_ptr<Memory> memory, void* stream,
+                  std::size_t batch)
         : BufferedState(std::move(memory), network->manifest, network->room(batch)), network_(std::move(network)),
           stream_(static_cast<cudaStream_t>(stream)), batch_(batch) {}
 
@@ -153,7 +161,8 @@ private:
         if (!context) context = prepare(graph);
         for (const char* name : {"x", "h", "z", "row", "label", "x_next", "h_next"})
             if (const std::size_t found = place(name, back); found < slots().size())
-                network_->trt->must(context->setTensorAddress(name, slots()[found].buffer->data()), std::string("the place of ") + name);
+                network_->trt->must(context->setTensorAddress(name, slots()[found].buffer->data()),
+                                    std::string("the place of ") + name);
         network_->trt->must(context->enqueueV3(stream_), std::string("to run ") + kGraphs[graph]);
     }
 
@@ -181,16 +190,19 @@ std::unique_ptr<State> TensorRtNetwork::state(std::size_t batch) {
     return std::make_unique<TensorRtState>(shared_from_this(), std::move(place), stream, batch);
 }
 
-void TensorRtNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) {
+void TensorRtNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides,
+                             std::span<float> image) {
     const auto place = memory();
     const Choice chosen = choice(kDecoder, 1);
-    const auto x = place->allocate(chosen.batch * latents.size_bytes()), pixels = place->allocate(chosen.batch * image.size_bytes());
+    const auto x = place->allocate(chosen.batch * latents.size_bytes()),
+               pixels = place->allocate(chosen.batch * image.size_bytes());
     place->clear(*x, chosen.batch * latents.size_bytes());
     place->upload(*x, latents.data(), latents.size_bytes());
     const auto context = this->context(kDecoder, chosen, place->stream());
     const std::int64_t shape[] = {static_cast<std::int64_t>(chosen.batch), manifest.shape[0], sides[0], sides[1]};
     trt->must(context->setInputShape("x", dims_of(shape)), "the shape of the latents");
-    trt->must(context->setTensorAddress("x", x->data()) && context->setTensorAddress("image", pixels->data()), "the place of an image");
+    trt->must(context->setTensorAddress("x", x->data()) && context->setTensorAddress("image", pixels->data()),
+              "the place of an image");
     trt->must(context->enqueueV3(static_cast<cudaStream_t>(place->stream())), "to decode");
     place->download(image.data(), *pixels, image.size_bytes());
 }
@@ -198,13 +210,14 @@ void TensorRtNetwork::decode(std::span<const float> latents, std::array<std::int
 } // namespace
 
 std::shared_ptr<Network> open_tensorrt(const Bundle& bundle, const Options& options) {
-    auto product = std::make_unique<Product>("trt", "tensorrt", "DIFFX_TENSORRT_LIBRARY", DIFFX_TENSORRT_LIBRARY, "install TensorRT");
+    auto product = std::make_unique<Product>("trt", "tensorrt", "DIFFX_TENSORRT_LIBRARY", DIFFX_TENSORRT_LIBRARY,
+                                             "install TensorRT");
     return std::make_shared<TensorRtNetwork>(bundle, options, "trt", std::move(product));
 }
 
 std::shared_ptr<Network> open_tensorrt_rtx(const Bundle& bundle, const Options& options) {
-    auto product = std::make_unique<Product>("trt-rtx", "tensorrt_rtx", "DIFFX_TENSORRT_RTX_LIBRARY", DIFFX_TENSORRT_RTX_LIBRARY,
-                                             "install TensorRT for RTX");
+    auto product = std::make_unique<Product>("trt-rtx", "tensorrt_rtx", "DIFFX_TENSORRT_RTX_LIBRARY",
+                                             DIFFX_TENSORRT_RTX_LIBRARY, "install TensorRT for RTX");
     return std::make_shared<TensorRtNetwork>(bundle, options, "trt-rtx", std::move(product));
 }
 
