@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,6 +41,11 @@ DISTINCT = 4
 HEAVY_PARAMETERS = 10_000_000
 """Above this many parameters a comparison is narrowed unless all of it is asked for; see ``Scope``."""
 
+VAST_PARAMETERS = 200_000_000
+"""Above this many it is brief."""
+
+BRIEF_STEPS = 4
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -47,11 +53,14 @@ class Scope:
 
     The whole comparison, every step and a run with guidance at every batch, takes minutes for a DiT of 33 M parameters on
     two cores. A narrowed one covers a guided step at every noise level and the bundle's default run at the smallest batch,
-    and one guided step at the larger ones, which repeat four samples, so that PyTorch computes only these.
+    and one guided step at the larger ones, which repeat four samples, so that PyTorch computes only these. A brief one, of
+    models whose every evaluation takes seconds, has batches of 1 and 2 and a run of four steps.
     """
 
     batches: tuple[int, ...]
     whole: bool
+    steps: int | None = None
+    """Of the run that is compared, at most; None for those of the bundle's default run."""
 
     def batches_of_steps(self, level: int, *, guided: bool) -> tuple[int, ...]:
         middle = level == LEVELS // 2
@@ -69,7 +78,9 @@ class Scope:
 
 
 def scope_of(parameters: int, default_batch: int, max_batch: int, whole: bool | None = None) -> Scope:
-    """The smallest, the default and the largest batch; narrowed for heavy models unless ``whole`` says otherwise."""
+    """The smallest, the default and the largest batch; less for heavy models unless ``whole`` says otherwise."""
+    if whole is None and parameters > VAST_PARAMETERS:
+        return Scope(tuple(range(1, min(2, max_batch) + 1)), whole=False, steps=BRIEF_STEPS)
     batches = tuple(sorted({1, min(default_batch, max_batch), max_batch}))
     return Scope(batches, parameters <= HEAVY_PARAMETERS if whole is None else whole)
 
@@ -126,6 +137,8 @@ def compare(
     level, has every coefficient at work, and three rows run inside the loop graph. Samples are independent, so PyTorch
     computes each distinct one once, for all batches.
     """
+    if scope.steps is not None and scope.steps < defaults.steps:
+        defaults = msgspec.structs.replace(defaults, steps=scope.steps)
     result = Comparison(default_plan(spec, defaults, guided=scope.whole))
     jobs = list(_jobs(spec, scope, defaults, result.plan))
     costs = [sum(job.batches) * job.evaluations for job in jobs]

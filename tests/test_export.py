@@ -14,6 +14,7 @@ from refusals import assert_refused
 from safetensors.torch import save_file
 
 import diffexport
+from diffexport.exporter.forecast import forecast
 from diffexport.schedules import DEFAULT_SCHEDULES
 from diffexport.spec import ModelSpec
 
@@ -97,18 +98,44 @@ def test_bad_options_are_one_line_and_leave_nothing(diffx, tmp_path, words, mess
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """A real one: a file system of 2 MB, mounted for this process alone."""
+@pytest.mark.parametrize(("hidden", "lines", "message"), [
+    (False, 1, "digits.diffx: needs about 9 MB of disk, {} has 2 MB free; free some, or choose another --out"),
+    (True, 2, "digits.diffx: cannot be written (No space left on device)"),
+])  # fmt: skip
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, hidden, lines, message):
+    """A real one: a file system of 2 MB, mounted for this process alone; also where it fills only while writing."""
+    start = "import sys; sys.argv[0] = 'diffx'; "
+    if hidden:
+        start += "import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1e9, 0, 1e9); "
     script = (
         f"mount -t tmpfs -o size=2m tmpfs {tmp_path} && cd {tmp_path} && "
-        f"{Path(sys.executable).with_name('diffx')} export {DIGITS}; status=$?; ls -A {tmp_path}; exit $status"
+        f'{sys.executable} -c "{start}from diffexport_cli.app import main; main()" export {DIGITS}; '
+        f"status=$?; ls -A {tmp_path}; exit $status"
     )
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "digits.diffx: cannot be written (No space left on device)" in done.stderr
+    assert done.stderr.count("\n") == lines
+    assert message.format(tmp_path) in done.stderr
+
+
+def test_what_an_export_takes_is_said_before_it_begins(toy, toy_decoder, tmp_path):
+    """Disk within a factor of what is then written; of large weights memory for them twice."""
+    said = []
+    network, spec = toy("variance")
+    bundle = diffexport.export(
+        network, spec, tmp_path / "a.diffx", decoder=toy_decoder(), max_batch=2, on_forecast=said.append
+    )
+    written = sum(path.stat().st_size for path in bundle.path.iterdir())
+    (needed,) = said
+    assert written < needed.disk < written + 5e6
+    with torch.device("meta"):
+        large = forecast(Large(), spec, None, "fp32")
+        assert forecast(Large(), spec, None, "fp16").disk < 0.51 * large.disk
+    assert 2.2e9 < large.disk < 2.3e9
+    assert 4.9e9 < large.memory < 5.1e9
+    assert str(large) == "about 5.0 GB of memory and 2.2 GB of disk"
 
 
 def test_the_data_itself_is_a_model_whose_answer_is_known(diffx, tmp_path):

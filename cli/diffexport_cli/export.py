@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -124,6 +125,7 @@ def export(
             allow_mismatch=allow_mismatch,
             thorough=True if thorough else None,
             progress=progress,
+            on_forecast=lambda needed: print(f"exporting takes {needed}", file=sys.stderr),
         )
     certificate = bundle.certificate()
     if json:

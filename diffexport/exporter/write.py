@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffexport.exporter.compose import Traced
+    from diffexport.exporter.forecast import Forecast
 
 AUTO = "auto"
 """The word that asks for a search in place of a layer's pattern."""
@@ -63,6 +64,7 @@ def export(
     allow_mismatch: bool = False,
     thorough: bool | None = None,
     progress: Progress | None = None,
+    on_forecast: Callable[[Forecast], None] | None = None,
 ) -> Bundle:
     """Trace a network, write a bundle, and compare it with PyTorch before it takes its place.
 
@@ -81,15 +83,17 @@ def export(
         allow_mismatch: write the bundle, marked, even where a parity check fails.
         thorough: compare whole runs at every batch; by default for models up to 10 M parameters.
         progress: called with what is being done.
+        on_forecast: called with what the export will take, before it begins.
 
     Returns:
         The bundle, opened.
 
     Raises:
-        ExportError: the module cannot be traced or the bundle cannot be written.
+        ExportError: the module cannot be traced, or the bundle cannot be written, for one because the disk lacks room.
         ParityError: the bundle differs from the module by more than its precision allows.
     """
     from diffexport.exporter.compose import write_graphs
+    from diffexport.exporter.forecast import check_disk, forecast
 
     if precision == "int8":
         raise ExportError("precision 'int8': this version writes fp32, fp16 and bf16 bundles")
@@ -105,6 +109,11 @@ def export(
 
     if decoder is not None and len(spec.shape) != 3:
         raise ExportError(f"decoder: the samples have shape {spec.shape}, expected latents (C, h, w)")
+
+    needed = forecast(module, spec, decoder, precision)
+    check_disk(out, needed)
+    if on_forecast is not None:
+        on_forecast(needed)
 
     def traced() -> Traced:
         report("tracing the network", 0.0)
