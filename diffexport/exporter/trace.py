@@ -138,6 +138,7 @@ def _simplify(model: onnx_ir.Model) -> None:
     """
     import onnx_ir
     import onnx_ir.passes.common as passes
+    from diffexport.exporter.attention import fuse_attention
     from onnxscript.optimizer import fold_constants
 
     everything = 1 << 40  # no limit of size: a weight that is left transposed would be transposed in every step
@@ -150,6 +151,8 @@ def _simplify(model: onnx_ir.Model) -> None:
             passes.CommonSubexpressionEliminationPass(),
             passes.RemoveUnusedNodesPass(),
         )(model)
+        fuse_attention(model)
+        passes.RemoveUnusedNodesPass()(model)
 
 
 def _check_batch(model: onnx_ir.Model, what: str) -> None:
