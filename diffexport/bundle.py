@@ -8,6 +8,8 @@
     sampler.onnx        (x_init, label, plan, noise) -> x, the whole loop in one call
     decoder.onnx        x -> image, of models of latents that were exported with a decoder
     sampler_decoded.onnx  (x_init, label, plan, noise) -> image, x: label to image in one call, with a decoder
+    conditioning.onnx   (c_noise, label) -> condition: what depends on them alone, for all rows at once
+    step_conditioned.onnx, step_plain_conditioned.onnx     the steps with condition in the label's place
     plans.safetensors   ready-made plans for runtimes without Python
     golden.safetensors  golden cases: recorded inputs and PyTorch's outputs
     certificate.json    what was measured against PyTorch, with the manifest's sha256
@@ -40,6 +42,7 @@ MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 WEIGHTS, PLANS, GOLDEN = "weights.bin", "plans.safetensors", "golden.safetensors"
 GRAPHS = ("step", "step_plain", "denoiser", "sampler")
 DECODER_GRAPHS = ("decoder", "sampler_decoded")
+CONDITIONED_GRAPHS = ("conditioning", "step_conditioned", "step_plain_conditioned")
 
 MAX_JSON = 1 << 26
 MAX_TENSORS = 1 << 29
@@ -129,7 +132,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def graphs(self) -> tuple[str, ...]:
         """The names of the bundle's graphs."""
-        return GRAPHS + (DECODER_GRAPHS if self.decoder is not None else ())
+        conditioned = CONDITIONED_GRAPHS if f"{CONDITIONED_GRAPHS[0]}.onnx" in self.files else ()
+        return GRAPHS + conditioned + (DECODER_GRAPHS if self.decoder is not None else ())
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -173,6 +173,8 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     mixing = mixing_row(spec, middle, w)
     update = _updating(spec, mixing, middle)
     yield _Job(f"full update at sigma {middle:.4g}", "update", small, update, mixing[None])
+    ahead = _updating(spec, mixing, middle, ahead=True)
+    yield _Job("the same, its condition computed ahead", "update", small, ahead, mixing[None])
     yield _Job("two rows in one call", "loop", small, _looping(spec), probe_loop(spec, [0]).rows)
 
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
@@ -195,12 +197,14 @@ def _denoising(spec: ModelSpec, row: Array, sigma: float, draw: int) -> Callable
     return run
 
 
-def _updating(spec: ModelSpec, row: Array, sigma: float) -> Callable[[Session, list[int]], tuple[Array, Array]]:
-    """One row with history and noise, both results."""
+def _updating(
+    spec: ModelSpec, row: Array, sigma: float, *, ahead: bool = False
+) -> Callable[[Session, list[int]], tuple[Array, Array]]:
+    """One row with history and noise, both results; ``ahead``: the session is told of the row when it begins."""
 
     def run(session: Session, samples: list[int]) -> tuple[Array, Array]:
         start = probe_state(spec, sigma, LEVELS, samples)
-        session.begin(start.x, start.label, start.h)
+        session.begin(start.x, start.label, start.h, row[None] if ahead else None)
         session.step(row, start.z)
         return session.state()
 

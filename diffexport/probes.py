@@ -118,7 +118,8 @@ def default_plan(spec: ModelSpec, defaults: Defaults, *, guided: bool) -> Plan:
 def run_plan(session: Session, spec: ModelSpec, plan: Plan, samples: Sequence[int]) -> Array:
     """A whole run of some samples with the seed's noise, (len(samples), *shape)."""
     draws = normal(SEED, samples, range(1 + len(plan)), spec.shape)
-    session.begin(np.float32(plan.x_scale) * draws[0], probe_labels(spec, samples))
-    for row, z in zip(plan.rows.astype(np.float32), draws[1:], strict=True):
+    rows = plan.rows.astype(np.float32)
+    session.begin(np.float32(plan.x_scale) * draws[0], probe_labels(spec, samples), rows=rows)
+    for row, z in zip(rows, draws[1:], strict=True):
         session.step(row, z)
     return session.state()[0]

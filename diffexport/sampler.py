@@ -227,7 +227,7 @@ class Sampler:
         on_state: OnState | None,
     ) -> Array:
         """One call of the session for each row."""
-        self.session.begin(x, label)
+        self.session.begin(x, label, rows=rows)
         for index, (row, z) in enumerate(zip(rows, drawn, strict=True)):
             if on_state is not None:
                 now = self.session.state()[0]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffexport.backends.conditions import Conditions
 from diffexport.backends.session import Array
 from diffexport.errors import BackendError, DiffexportError
 from diffexport.plan import COLUMNS, GUIDANCE, NOISE
@@ -33,24 +35,32 @@ class _State:
         self.z = np.zeros(shape, np.float32)
         self.label = np.zeros(batch, np.int64)
         self.row = np.zeros(len(COLUMNS), np.float32)
+        self.conditions: dict[str, Array] = {}
         self.calls: dict[str, tuple[Call, Call]] = {}
         self.current = 0
 
-    def arrays(self, source: int) -> tuple[Arrays, Arrays]:
+    def arrays(self, graph: str, source: int) -> tuple[Arrays, Arrays]:
         """What a step graph reads and writes, by name, from buffer ``source`` to the other."""
         read: Arrays = {"x": self.x[source], "h": self.h[source], "z": self.z, "label": self.label, "row": self.row}
+        if graph in self.conditions:
+            read["condition"] = self.conditions[graph]
         return read, {"x_next": self.x[1 - source], "h_next": self.h[1 - source]}
 
 
 class HostSession(ABC):
-    """The graphs of a bundle on host memory; see ``Session``. A runtime says how it prepares a call and runs one."""
+    """The graphs of a bundle on host memory; see ``Session``. A runtime says how it prepares a call and runs one.
+
+    Where the bundle has conditioned graphs and the rows of a run are known, these are what steps run.
+    """
 
     backend: str
     device = "CPU"
     max_batch: int | None = None
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, folder: Path) -> None:
         self._spec = spec
+        self._folder = folder
+        self._conditions: Conditions | None = None
         self._state: _State | None = None
 
     @abstractmethod
@@ -61,7 +71,9 @@ class HostSession(ABC):
     def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
         """One run of a graph on any arrays, with results of their own."""
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+    def begin(
+        self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
+    ) -> None:
         state = self._state
         if state is None or len(state.label) != len(x):
             state = self._state = _State(self._spec, len(x))
@@ -70,17 +82,27 @@ class HostSession(ABC):
         state.h[0][:] = 0 if h is None else h
         if label is not None:
             state.label[:] = label
+        if rows is None or not (self._folder / "conditioning.onnx").is_file():
+            self._conditions = None
+        elif self._conditions is None or not self._conditions.serve(rows, state.label):
+            self._conditions = Conditions(self._checked_run, self._spec, rows, state.label)
 
     def step(self, row: Array, z: Array | None = None) -> None:
         state = self._begun()
         graph = "step_plain" if row[GUIDANCE] == 1 else "step"
+        if self._conditions is not None:
+            graph += "_conditioned"
+            if graph not in state.conditions:
+                halves = 1 if row[GUIDANCE] == 1 else 2
+                state.conditions[graph] = np.zeros((halves * len(state.label), self._conditions.width), np.float32)
+            self._conditions.fill(row, state.conditions[graph])
         state.row[:] = row
         if row[NOISE] != 0:
             assert z is not None, "a row with noise needs z"
             state.z[:] = z
         try:
             if graph not in state.calls:
-                there, back = (self._prepare(graph, *state.arrays(source)) for source in (0, 1))
+                there, back = (self._prepare(graph, *state.arrays(graph, source)) for source in (0, 1))
                 state.calls[graph] = there, back
             state.calls[graph][state.current]()
         except Exception as error:

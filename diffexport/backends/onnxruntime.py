@@ -184,8 +184,7 @@ class OnnxRuntimeSession(HostSession):
         digest: str | None = None,
         rounded: bool = False,
     ) -> None:
-        super().__init__(spec)
-        self._folder = folder
+        super().__init__(spec, folder)
         self._threads = threads
         self._digest = digest
         self._rounded = rounded

@@ -89,8 +89,7 @@ class OpenVinoSession(HostSession):
     def __init__(
         self, spec: ModelSpec, folder: Path, core: openvino.Core, settings: dict[str, Any], digest: str | None = None
     ) -> None:
-        super().__init__(spec)
-        self._folder = folder
+        super().__init__(spec, folder)
         self._core = core
         self._settings = settings
         self._digest = digest
@@ -99,17 +98,25 @@ class OpenVinoSession(HostSession):
 
     def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
         compiled = self._graph(graph)
-        requests = []
+        requests, copies = [], []
         for part in self._parts(len(read["x"])):
             request = compiled.create_infer_request()
             for ports, arrays in ((compiled.inputs, read), (compiled.outputs, written)):
                 for port in ports:
                     name = _name(port, arrays)
-                    array = arrays[name] if name == "row" else arrays[name][part]  # a slice of samples is contiguous
+                    array = arrays[name]
+                    if name == "condition" and len(self._parts(len(read["x"]))) > 1:
+                        whole = array.reshape(-1, len(read["x"]), array.shape[1])  # (halves, B, K)
+                        array = np.empty_like(whole[:, part]).reshape(-1, whole.shape[2])
+                        copies.append((array.reshape(len(whole), -1, whole.shape[2]), whole[:, part]))
+                    elif name != "row":
+                        array = array[part] if name != "condition" else array  # a slice of samples is contiguous
                     request.set_tensor(port, openvino.Tensor(array, shared_memory=True))
             requests.append(request)
 
         def call() -> None:
+            for own, part in copies:
+                own[:] = part
             for request in requests:
                 request.start_async()
             for request in requests:

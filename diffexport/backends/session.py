@@ -23,8 +23,15 @@ class Session(Protocol):
     max_batch: int | None
     """The largest batch that it takes, or None where any will do."""
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
-        """Start a run: x (B, *shape), label (B,) or None for a model without labels, h zero where not given."""
+    def begin(
+        self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
+    ) -> None:
+        """Start a run: x (B, *shape), label (B,) or None for a model without labels, h zero where not given.
+
+        Args:
+            rows: those that will be applied, (rows, 13) float32, where they are known: what depends on them and on the
+                labels alone may then be computed for all at once.
+        """
         ...
 
     def step(self, row: Array, z: Array | None = None) -> None:

@@ -60,7 +60,12 @@ def _attention_at(softmax: onnx_ir.Node) -> _Attention | None:
     """The attention that a Softmax belongs to."""
     scores = _producer(softmax.inputs[0], "MatMul") if softmax.op_type == "Softmax" else None
     users = list(softmax.outputs[0].consumers()) if scores is not None else []
-    if scores is None or len(users) != 1 or users[0].op_type != "MatMul" or users[0].inputs[0] is not softmax.outputs[0]:
+    if (
+        scores is None
+        or len(users) != 1
+        or users[0].op_type != "MatMul"
+        or users[0].inputs[0] is not softmax.outputs[0]
+    ):
         return None
     q, q_scale = _unscaled(scores.inputs[0])
     k, k_scale = _unscaled(scores.inputs[1])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffexport.bundle import HALF, WEIGHTS, Precision
-from diffexport.exporter.graphs import decoder_graph, denoiser_graph, step_graph
+from diffexport.exporter.graphs import conditioning_graph, decoder_graph, denoiser_graph, step_graph
 from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
+from diffexport.exporter.parts import CONDITION, cut_at, take_batch_from_noise
 from diffexport.exporter.precision import check_patterns, layers_of, lower
 from diffexport.exporter.weights import write_weights
 from diffexport.spec import DecoderSpec, ModelSpec
@@ -66,12 +67,18 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Seque
         return write_weights(model, folder / WEIGHTS)
 
     spec, network = traced.spec, written(traced.network)
+    take_batch_from_noise(network)
     graphs = {
         "step": step_graph(network, spec, guided=True),
         "step_plain": step_graph(network, spec, guided=False),
         "denoiser": denoiser_graph(network, spec),
         "sampler": sampler_graph(network, spec),
     }
+    condition = cut_at(network, CONDITION)
+    if condition:
+        graphs["conditioning"] = conditioning_graph(network, spec, condition)
+        graphs["step_conditioned"] = step_graph(network, spec, guided=True, condition=condition)
+        graphs["step_plain_conditioned"] = step_graph(network, spec, guided=False, condition=condition)
     if traced.decoder is not None:
         model, decoder_spec = traced.decoder
         decoder = written(model)

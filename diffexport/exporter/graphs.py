@@ -7,10 +7,13 @@ the network sees 2B, the conditioned half first.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffexport.exporter.parts import C_NOISE, LABEL, Part, X, cut_at, inputs_of, needed
 from diffexport.exporter.trace import BATCH, LATENT_SIDES, OPSET
 from diffexport.plan import COLUMNS
 from diffexport.schedules import schedule_sigmas
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     import onnx
 
 IR_VERSION = 10
+FLOAT = 1  # of onnx.TensorProto
 
 
 class GraphBuilder:
@@ -60,33 +64,46 @@ class GraphBuilder:
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
-    def network(self, network: onnx.GraphProto, feeds: dict[str, str]) -> str:
-        """The network's nodes, its inputs replaced by ``feeds``; the name of its output."""
+    def network(
+        self, network: onnx.GraphProto, feeds: dict[str, str], wanted: Sequence[str] = (), scope: str = ""
+    ) -> list[str]:
+        """The nodes of a network that make ``wanted``, its output where nothing is named, from ``feeds``.
+
+        Args:
+            feeds: what takes the place of inputs of the network and of values inside.
+            scope: put before the names of values, where nodes are in the graph once more.
+
+        Returns:
+            The names of what was wanted.
+        """
         import onnx
 
+        wanted = wanted or [network.output[0].name]
+        scope = self.scope + scope
         shared = {weight.name for weight in network.initializer} | {""}
 
         def renamed(name: str) -> str:
-            return feeds.get(name) or (name if name in shared else self.scope + name)
+            return feeds.get(name) or (name if name in shared else scope + name)
 
-        for node in network.node:
+        for node in needed(network, wanted, feeds):
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
-            copy.name = self.scope + node.name
+            copy.name = scope + node.name
             copy.input[:] = [renamed(name) for name in node.input]
             copy.output[:] = [renamed(name) for name in node.output]
             self.nodes.append(copy)
-        return renamed(network.output[0].name)
+        return [renamed(name) for name in wanted]
 
     def graph(self, name: str, inputs: list[Any], outputs: list[Any], *networks: onnx.GraphProto) -> onnx.GraphProto:
-        """A graph of these nodes and the networks' weights."""
+        """A graph of these nodes and the weights of the networks that they read."""
         from onnx import helper
 
-        weights = [weight for network in networks for weight in network.initializer]
+        read = inputs_of(self.nodes)
+        weights = [weight for network in networks for weight in network.initializer if weight.name in read]
         return helper.make_graph(self.nodes, name, inputs, outputs, weights)
 
     def model(self, name: str, inputs: list[Any], outputs: list[Any], *networks: onnx.GraphProto) -> onnx.ModelProto:
-        """A model of these nodes, the networks' weights and the constants."""
+        """A model of these nodes, the constants, and the weights of the networks that they read."""
         from onnx import helper
 
         graph = self.graph(name, inputs, outputs, *networks)
@@ -99,20 +116,41 @@ class GraphBuilder:
         )
 
 
-def step_graph(network: onnx.GraphProto, spec: ModelSpec, *, guided: bool) -> onnx.ModelProto:
+def step_graph(
+    network: onnx.GraphProto, spec: ModelSpec, *, guided: bool, condition: Sequence[Part] = ()
+) -> onnx.ModelProto:
     """(x, h, z, label, row) -> (x_next, h_next): one row applied, with the batch doubled inside where ``guided``.
 
-    ``label`` is an input of models with labels only.
+    ``label`` is an input of models with labels only. Where ``condition`` names the parts of the condition, it takes the
+    label's place: (2B, K), the conditioned half first, or (B, K) without guidance; see ``conditioning_graph``.
     """
     b = GraphBuilder()
-    apply_row(b, network, spec, "row", "z", ("x", "h"), ("x_next", "h_next"), guided=guided)
+    apply_row(b, network, spec, "row", "z", ("x", "h"), ("x_next", "h_next"), guided=guided, condition=condition)
+    width = sum(math.prod(part.sides) for part in condition)
     inputs = [
         *(tensor(name, [BATCH, *spec.shape]) for name in ("x", "h", "z")),
-        *([tensor("label", [BATCH], "INT64")] if spec.conditional else []),
+        *([tensor("label", [BATCH], "INT64")] if spec.conditional and not condition else []),
+        *([tensor("condition", ["conditions", width])] if condition else []),
         tensor("row", [len(COLUMNS)]),
     ]
     outputs = [tensor(name, [BATCH, *spec.shape]) for name in ("x_next", "h_next")]
     return b.model("step" if guided else "step_plain", inputs, outputs, network)
+
+
+def conditioning_graph(network: onnx.GraphProto, spec: ModelSpec, condition: Sequence[Part]) -> onnx.ModelProto:
+    """(c_noise, label) -> condition: what the network makes of noise level and label alone, (N, K) for N of each."""
+    b = GraphBuilder()
+    feeds = {C_NOISE: "c_noise", LABEL: "label"}
+    values = b.network(network, feeds, [part.name for part in condition])
+    flat = []
+    for part, value in zip(condition, values, strict=True):
+        size = math.prod(part.sides)
+        row = b.op("Reshape", value, b.constant([-1, size], np.int64))
+        flat.append(row if part.kind == FLOAT else b.op("Cast", row, to=FLOAT))
+    b.op("Concat", *flat, axis=1, name="condition")
+    inputs = [tensor("c_noise", [BATCH]), *([tensor("label", [BATCH], "INT64")] if spec.conditional else [])]
+    width = sum(math.prod(part.sides) for part in condition)
+    return b.model("conditioning", inputs, [tensor("condition", [BATCH, width])], network)
 
 
 def apply_row(
@@ -125,6 +163,7 @@ def apply_row(
     following: tuple[str, str],
     *,
     guided: bool,
+    condition: Sequence[Part] = (),
 ) -> None:
     """The definition of ``diffexport.plan`` for one row: from the state (x, h) to the following one, by name."""
     x, h = state
@@ -184,28 +223,30 @@ def decoder_graph(decoder: onnx.GraphProto, spec: DecoderSpec, channels: int) ->
 def apply_decoder(b: GraphBuilder, decoder: onnx.GraphProto, spec: DecoderSpec, x: str) -> None:
     """The definition of ``DecoderSpec``: from latents x to ``image``."""
     latents = b.op("Add", b.op("Div", x, b.constant(spec.scaling_factor)), b.constant(spec.shift))
-    b.add("Identity", [b.network(decoder, {"dec.x": latents})], ["image"])
+    b.add("Identity", b.network(decoder, {"dec.x": latents}), ["image"])
 
 
 def _guided_output(
-    b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec, x_in: str, c_noise: str, w: str | None, *, guided: bool
+    b: GraphBuilder,
+    network: onnx.GraphProto,
+    spec: ModelSpec,
+    x_in: str,
+    c_noise: str,
+    w: str | None,
+    *,
+    guided: bool,
+    condition: Sequence[Part] = (),
 ) -> tuple[str, str | None]:
     """The network's prediction after guidance, (B, *shape), and its learned variance or None."""
     channels = spec.shape[0]
     total = spec.output_shape[0]
     if not guided or not spec.guidable:
-        feeds = {"net.x": x_in, "net.c_noise": c_noise, "net.label": "label"}
-        out = b.network(network, feeds)
+        feeds = {X: x_in, C_NOISE: c_noise, LABEL: "label"} | _from_condition(b, condition)
+        (out,) = b.network(network, feeds)
         return (_channels(b, out, 0, channels), _channels(b, out, channels, total)) if total > channels else (out, None)
     assert w is not None
-    size = b.op("Shape", "label", start=0, end=1)
-    null = b.op("Expand", b.constant([spec.null_label], np.int64), size)
-    feeds = {
-        "net.x": b.op("Concat", x_in, x_in, axis=0),  # (2B, *shape)
-        "net.c_noise": b.op("Concat", c_noise, c_noise, axis=0),
-        "net.label": b.op("Concat", "label", null, axis=0),
-    }
-    cond, uncond = b.op("Split", b.network(network, feeds), outputs=2, axis=0, num_outputs=2)
+    doubled = _doubled_output(b, network, spec, x_in, c_noise, condition)
+    cond, uncond = b.op("Split", doubled, outputs=2, axis=0, num_outputs=2)
     mixed_channels = spec.guided_channels or channels
     cond_mixed, uncond_mixed = cond, uncond
     if mixed_channels < total:
@@ -214,6 +255,45 @@ def _guided_output(
     if mixed_channels < channels:
         out = b.op("Concat", out, _channels(b, cond, mixed_channels, channels), axis=1)
     return out, _channels(b, cond, channels, total) if total > channels else None
+
+
+def _doubled_output(
+    b: GraphBuilder, network: onnx.GraphProto, spec: ModelSpec, x_in: str, c_noise: str, condition: Sequence[Part]
+) -> str:
+    """The network's output for both halves of guidance, (2B, C or 2C, ...).
+
+    What depends on x alone is the same in both and computed once.
+    """
+    feeds = _from_condition(b, condition)
+    once = [part.name for part in cut_at(network, frozenset({X}))]
+    made = b.network(network, {X: x_in, C_NOISE: c_noise}, once, "once.") if once else []
+    feeds |= {name: b.op("Concat", value, value, axis=0) for name, value in zip(once, made, strict=True)}
+    read = inputs_of(needed(network, [network.output[0].name], feeds))
+    if X in read:
+        feeds[X] = b.op("Concat", x_in, x_in, axis=0)  # (2B, *shape)
+    if C_NOISE in read:
+        feeds[C_NOISE] = b.op("Concat", c_noise, c_noise, axis=0)
+    if LABEL in read:
+        size = b.op("Shape", "label", start=0, end=1)
+        null = b.op("Expand", b.constant([spec.null_label], np.int64), size)
+        feeds[LABEL] = b.op("Concat", "label", null, axis=0)
+    (out,) = b.network(network, feeds)
+    return out
+
+
+def _from_condition(b: GraphBuilder, condition: Sequence[Part]) -> dict[str, str]:
+    """The values that the network's parts had, by name, from the input ``condition``."""
+    if not condition:
+        return {}
+    sizes = [math.prod(part.sides) for part in condition]
+    pieces = ["condition"]
+    if len(sizes) > 1:
+        pieces = list(b.op("Split", "condition", b.constant(sizes, np.int64), outputs=len(sizes), axis=1))
+    feeds = {}
+    for part, piece in zip(condition, pieces, strict=True):
+        value = piece if part.kind == FLOAT else b.op("Cast", piece, to=part.kind)
+        feeds[part.name] = b.op("Reshape", value, b.constant([-1, *part.sides], np.int64))
+    return feeds
 
 
 def _channels(b: GraphBuilder, value: str, start: int, stop: int) -> str:

@@ -138,8 +138,9 @@ def _simplify(model: onnx_ir.Model) -> None:
     """
     import onnx_ir
     import onnx_ir.passes.common as passes
-    from diffexport.exporter.attention import fuse_attention
     from onnxscript.optimizer import fold_constants
+
+    from diffexport.exporter.attention import fuse_attention
 
     everything = 1 << 40  # no limit of size: a weight that is left transposed would be transposed in every step
     with _quiet():
