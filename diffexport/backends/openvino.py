@@ -97,26 +97,25 @@ class OpenVinoSession(HostSession):
         self._mapped: list[NDArray[np.uint8]] = []  # what imported graphs read their weights from
 
     def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
-        compiled = self._graph(graph)
-        requests, copies = [], []
-        for part in self._parts(len(read["x"])):
+        compiled, batch = self._graph(graph), len(read["x"])
+        requests: list[openvino.InferRequest] = []
+        copies: list[tuple[Array, Array]] = []  # of what a part cannot read in place: (its own, where it comes from)
+        for part in self._parts(batch):
             request = compiled.create_infer_request()
             for ports, arrays in ((compiled.inputs, read), (compiled.outputs, written)):
                 for port in ports:
                     name = _name(port, arrays)
                     array = arrays[name]
-                    if name == "condition" and len(self._parts(len(read["x"]))) > 1:
-                        whole = array.reshape(-1, len(read["x"]), array.shape[1])  # (halves, B, K)
-                        array = np.empty_like(whole[:, part]).reshape(-1, whole.shape[2])
-                        copies.append((array.reshape(len(whole), -1, whole.shape[2]), whole[:, part]))
+                    if name == "condition":
+                        array = _of_both_halves(array.reshape(-1, batch, array.shape[1])[:, part], copies)
                     elif name != "row":
-                        array = array[part] if name != "condition" else array  # a slice of samples is contiguous
+                        array = array[part]
                     request.set_tensor(port, openvino.Tensor(array, shared_memory=True))
             requests.append(request)
 
         def call() -> None:
-            for own, part in copies:
-                own[:] = part
+            for own, source in copies:
+                own[:] = source
             for request in requests:
                 request.start_async()
             for request in requests:
@@ -170,6 +169,15 @@ class OpenVinoSession(HostSession):
 
 def _write_blob(compiled: openvino.CompiledModel, path: Path) -> None:
     path.write_bytes(compiled.export_model().getbuffer())
+
+
+def _of_both_halves(condition: Array, copies: list[tuple[Array, Array]]) -> Array:
+    """A part's condition (halves, b, K) as (halves*b, K): itself, or an array of its own that is to be filled."""
+    if not condition.flags.c_contiguous:
+        own = np.zeros(condition.shape, condition.dtype)
+        copies.append((own, condition))
+        condition = own
+    return condition.reshape(-1, condition.shape[2])
 
 
 def _name(port: Any, known: Sequence[str] | Arrays) -> str:

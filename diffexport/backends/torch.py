@@ -49,7 +49,9 @@ class TorchSession:
         self._x = self._h = torch.empty(0)
         self._label: torch.Tensor | None = None
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None) -> None:
+    def begin(
+        self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
+    ) -> None:
         self._x = torch.from_numpy(x.astype(np.float32))
         self._h = torch.zeros_like(self._x) if h is None else torch.from_numpy(h.astype(np.float32))
         self._label = None if label is None else torch.from_numpy(label.astype(np.int64))

@@ -156,12 +156,12 @@ def _rewrite(model: onnx_ir.Model, attention: _Attention) -> None:
         node.metadata_props.update(p.product.metadata_props)
         before.append(node)
         value = node.outputs[0]
-        value.dtype = p.x.dtype
+        value.type = p.x.type
         return value
 
     def constant(name: str, array: Any) -> onnx_ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype if value.const_value else None
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         model.graph.initializers[name] = value
         return value
 

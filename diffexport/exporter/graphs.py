@@ -171,7 +171,7 @@ def apply_row(
     x_in = b.op("Mul", x, r["c_in"])  # (B, *shape)
     size = b.op("Shape", x, start=0, end=1)
     c_noise = b.op("Expand", r["c_noise"], size)  # (B,)
-    out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided)
+    out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided, condition=condition)
     denoised = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
     if spec.clip is not None and spec.clip_keeps == "eps":
         rest = b.op("Mul", b.op("Sub", b.constant(1.0), r["c_skip"]), x)
