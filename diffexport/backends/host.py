@@ -61,6 +61,7 @@ class HostSession(ABC):
         self._spec = spec
         self._folder = folder
         self._conditions: Conditions | None = None
+        self._computes_ahead = (folder / "conditioning.onnx").is_file()
         self._state: _State | None = None
 
     @abstractmethod
@@ -82,7 +83,7 @@ class HostSession(ABC):
         state.h[0][:] = 0 if h is None else h
         if label is not None:
             state.label[:] = label
-        if rows is None or not (self._folder / "conditioning.onnx").is_file():
+        if rows is None or not self._computes_ahead:
             self._conditions = None
         elif self._conditions is None or not self._conditions.serve(rows, state.label):
             self._conditions = Conditions(self._checked_run, self._spec, rows, state.label)

@@ -185,6 +185,7 @@ class OnnxRuntimeSession(HostSession):
         rounded: bool = False,
     ) -> None:
         super().__init__(spec, folder)
+        self._computes_ahead &= not _is_large(folder)  # or the graphs of conditions and of steps would take turns
         self._threads = threads
         self._digest = digest
         self._rounded = rounded
