@@ -157,7 +157,9 @@ class OnnxRuntimeGpuSession:
         """What it runs on, as its sessions say."""
         return "CPU, since the GPU cannot be had" if self._fell_back else f"GPU 0 by {PROVIDERS[self._provider]}"
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+    def begin(
+        self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
+    ) -> None:
         state = self._states.get(len(x))
         if state is None:
             state = _State(self._bundle.spec, len(x), "cpu" if self._fell_back else "cuda")

@@ -34,7 +34,9 @@ class SelfTested:
         self._tested: set[str] = set()
         self._label: NDArray[np.int64] | None = None
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+    def begin(
+        self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
+    ) -> None:
         self._label = label
         self.session.begin(x, label, h)
 

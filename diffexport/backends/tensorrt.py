@@ -146,7 +146,9 @@ class TensorRtSession:
         self._loaded: dict[Path, _Executable] = {}
         self._state: _State | None = None
 
-    def begin(self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None) -> None:
+    def begin(
+        self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
+    ) -> None:
         state = self._state
         if state is None or state.batch != len(x):
             self._forget_state()
