@@ -149,6 +149,8 @@ def main(out: str) -> None:
         f"{versions}. Medians, with the least and the largest in brackets; the machine is shared, so that ratios "
         "say more than times.",
         "",
+        "What a GPU does is in [gpu.md](gpu.md), written by `scripts/gpu-check`.",
+        "",
         "## Whole processes",
         "",
         "| | wall time | peak memory |",
