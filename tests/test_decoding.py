@@ -221,7 +221,7 @@ def test_from_a_checkpoint_and_an_autoencoder_to_pictures(diffx, latent_dit, tmp
     assert diffx(*run, "--out", "pictures/")[0] == 0
     with Image.open("pictures/000002.png") as picture:
         assert np.abs(np.asarray(picture) - pixels[2]).max() <= 1
-    assert_refused(diffx(*run, "--tile", 16, "--out", "pictures/"), "another run (tile 0 there, 16 now)")
+    assert_refused(diffx(*run, "--tile", 16, "--out", "pictures/"), "another run (tile 512 there, 16 now)")
 
 
 @pytest.mark.parametrize(("name", "words", "message"), [

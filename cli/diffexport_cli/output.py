@@ -40,7 +40,8 @@ def describe_decoder(decoder: Decoder, spec: ModelSpec) -> str:
     """A bundle's decoder in one line."""
     image = " x ".join(map(str, (decoder.channels, *(decoder.upscale * side for side in spec.shape[1:]))))
     shift = f", shifted by {decoder.shift:g}" if decoder.shift else ""
-    tiles = f", tiles of {decoder.tile} pixels above that" if decoder.tile else ""
+    tiled = 0 < (decoder.tile or 0) < decoder.upscale * max(spec.shape[1:])
+    tiles = f" in tiles of {decoder.tile} pixels" if tiled else ""
     return (
         f"decoder, {decoder.parameters / 1e6:.2f} M parameters, images {image}{tiles}, "
         f"latents divided by {decoder.scaling_factor:g}{shift}"

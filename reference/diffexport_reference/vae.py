@@ -25,6 +25,10 @@ from diffexport_reference.weights import check_names, read_content, sound_state
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
+TILE = 512
+"""Pixels; an image of this side takes 1.5 GB to decode whole with the widths of Stable Diffusion, and four times the
+pixels take four times that, attention sixteen times."""
+
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Attention's layers before diffusers 0.12; published files have either."""
 
@@ -221,6 +225,7 @@ def load_decoder(folder: str | Path) -> tuple[nn.Module, DecoderSpec]:
         upscale=2 ** (len(module.decoder.up_blocks) - 1),
         scaling_factor=config.scaling_factor,
         shift=config.shift_factor or 0.0,
+        tile=TILE,
     )
     return module.eval().requires_grad_(False), spec
 

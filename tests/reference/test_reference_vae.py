@@ -41,12 +41,13 @@ def assert_same(module, vae, z):
 
 
 @pytest.mark.parametrize(("config", "spec"), [
-    ({}, DecoderSpec(upscale=4, scaling_factor=0.18215)),
-    ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, DecoderSpec(upscale=4, scaling_factor=1.5305, shift=0.0609)),
-    ({"use_quant_conv": False, "use_post_quant_conv": False}, DecoderSpec(upscale=4, scaling_factor=0.18215)),
-    ({"mid_block_add_attention": False, "latent_channels": 16}, DecoderSpec(upscale=4, scaling_factor=0.18215)),
+    ({}, DecoderSpec(upscale=4, tile=512, scaling_factor=0.18215)),
+    ({"scaling_factor": 1.5305, "shift_factor": 0.0609},
+     DecoderSpec(upscale=4, tile=512, scaling_factor=1.5305, shift=0.0609)),
+    ({"use_quant_conv": False, "use_post_quant_conv": False}, DecoderSpec(upscale=4, tile=512, scaling_factor=0.18215)),
+    ({"mid_block_add_attention": False, "latent_channels": 16}, DecoderSpec(upscale=4, tile=512, scaling_factor=0.18215)),
     ({"layers_per_block": 1, "out_channels": 1, "in_channels": 1},
-     DecoderSpec(upscale=4, channels=1, scaling_factor=0.18215)),
+     DecoderSpec(upscale=4, tile=512, channels=1, scaling_factor=0.18215)),
 ])  # fmt: skip
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_folder_decodes_as_diffusers_does(tmp_path, config, spec, safe):
