@@ -37,8 +37,9 @@ def test_importing_the_library_loads_no_runtime():
     assert loaded_by("import diffexport_cli.app") == set()
 
 
-def test_sampling_loads_no_torch_and_no_exporter(toy_bundle, tmp_path):
-    path, out = toy_bundle("plain").path, tmp_path / "a.png"
+@pytest.mark.parametrize("name", ["plain", "decoded"])
+def test_sampling_loads_no_torch_and_no_exporter(toy_bundle, tmp_path, name):
+    path, out = toy_bundle(name).path, tmp_path / "a.png"
     code = (
         f"import diffexport_cli.app as a, sys; sys.argv = ['diffx', 'sample', {str(path)!r}, '--out', {str(out)!r}]; "
     )
