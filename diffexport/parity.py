@@ -2,10 +2,10 @@
 
 Errors are relative L2, ||found - expected|| / ||expected||, and the largest absolute difference.
 
-Below fp32 a network's output G carries an error relative to itself, and a step multiplies it: D = c_skip*x + c_out*G, with
-c_out as large as sigma for a network that predicts eps. At large sigma D is then a small difference of two large terms,
-which the sampler damps again by 1 - n/s. There a step's error is taken relative to what an output of unit RMS puts into the
-result, where that is larger than the result itself; see ``amplification``.
+A network's output G carries an error relative to itself, and a step multiplies it: D = c_skip*x + c_out*G, with c_out as
+large as sigma for a network that predicts eps. At large sigma D is then a small difference of two large terms, which the
+sampler damps again by 1 - n/s. There a step's error is taken relative to what an output of unit RMS puts into the result,
+where that is larger than the result itself; see ``amplification``.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def measure_step(
     """One step's result beside PyTorch's.
 
     Args:
-        amplified: what the network's output is multiplied by in it; counts below fp32 only.
+        amplified: what the network's output is multiplied by in it.
     """
     limit = LIMITS[precision].step
-    error = relative_l2(found, expected, 0.0 if precision == "fp32" else amplified * math.sqrt(expected.size))
+    error = relative_l2(found, expected, amplified * math.sqrt(expected.size))
     return Measurement(
         check=check,
         batch=len(expected),

@@ -19,7 +19,7 @@ from diffexport import probes
 from diffexport.backends import onnxruntime as ort
 from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, read_tensors, write_tensors
 from diffexport.errors import ParityError
-from diffexport.exporter import graphs, trace, weights
+from diffexport.exporter import compose, graphs, trace
 from diffexport.verification import verify
 from diffexport_reference.dit import DiT
 from diffexport_reference.model import CondEmbedderLabel
@@ -76,14 +76,14 @@ def stored(change):
     """The bytes of the weights are altered when they are written."""
 
     def plant(patch):
-        honest = weights.write_weights
+        honest = compose.write_weights
 
         def altered(model, path):
             network = honest(model, path)
             change(np.fromfile(path, np.float32)).astype(np.float32).tofile(path)
             return network
 
-        patch.setattr(weights, "write_weights", altered)
+        patch.setattr(compose, "write_weights", altered)
 
     return plant
 
@@ -102,9 +102,9 @@ def spec_of_step(**changes):
     """The step graph is made for a model with other facts."""
 
     def plant(patch):
-        honest = graphs.step_graph
+        honest = compose.step_graph
         patch.setattr(
-            graphs, "step_graph", lambda n, spec, **rest: honest(n, msgspec.structs.replace(spec, **changes), **rest)
+            compose, "step_graph", lambda n, spec, **rest: honest(n, msgspec.structs.replace(spec, **changes), **rest)
         )
 
     return plant
@@ -112,9 +112,9 @@ def spec_of_step(**changes):
 
 def decoder_of(**changes):
     def plant(patch):
-        honest = graphs.decoder_graph
+        honest = compose.decoder_graph
         patch.setattr(
-            graphs, "decoder_graph", lambda n, spec, c: honest(n, msgspec.structs.replace(spec, **changes), c)
+            compose, "decoder_graph", lambda n, spec, c: honest(n, msgspec.structs.replace(spec, **changes), c)
         )
 
     return plant
@@ -368,15 +368,15 @@ def _pretend(c):
 def _keep_labels(begin):
     """The labels of the first batch stay for the next one of its size."""
 
-    def faulty(self, x, label, h=None):
+    def faulty(self, x, label, h=None, **rest):
         again = self._state is not None and len(self._state.label) == len(x)
-        begin(self, x, self._state.label if again else label, h)
+        begin(self, x, self._state.label if again else label, h, **rest)
 
     return faulty
 
 
 def _keep_history(begin):
-    return lambda self, x, label, h=None: begin(self, x, label, None)
+    return lambda self, x, label, h=None, **rest: begin(self, x, label, None, **rest)
 
 
 def _never_swapped(step):

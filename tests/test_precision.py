@@ -64,6 +64,11 @@ def typed(path):
         yield node, read, written
 
 
+def test_a_trained_network_that_predicts_eps_exports_in_fp32(half_bundle):
+    """At its largest sigma D differs by more than 1e-5 of itself, by the rounding of fp32 alone."""
+    assert half_bundle("official", "fp32").certificate().passed
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_parity_holds_on_trained_weights(half_bundle, name, precision):

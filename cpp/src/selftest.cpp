@@ -141,10 +141,8 @@ std::vector<Finding> selftest(Sampler& sampler) {
             state->step(row);
             state->read(x_next, h_next);
         });
-        // Below fp32 an error is taken relative to what an output of unit RMS puts into the result, where that is
-        // larger.
-        const double unit =
-            manifest.precision == "fp32" ? 0 : std::abs(row[kCOut]) * std::sqrt(static_cast<double>(numbers));
+        // An error is taken relative to what an output of unit RMS puts into the result, where that is larger.
+        const double unit = std::abs(row[kCOut]) * std::sqrt(static_cast<double>(numbers));
         findings.push_back(held(name + ".x_next", x_next, cases.floats(name + ".x_next", numbers), limits.step, seconds,
                                 unit * std::abs(row[kXD])));
         findings.push_back(held(name + ".h_next", h_next, cases.floats(name + ".h_next", numbers), limits.step, seconds,
