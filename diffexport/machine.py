@@ -23,3 +23,13 @@ def processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
     found = re.findall(r"^(?:model name|flags|Features|CPU part)\s*: (.*)$", told, re.MULTILINE)
     return " ".join([platform.machine(), *dict.fromkeys(found)])
+
+
+def processor_name() -> str:
+    """The processor's name for people."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.*)$", told, re.MULTILINE)
+    return found[1] if found else platform.machine()

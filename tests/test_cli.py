@@ -144,7 +144,7 @@ def test_debug_shows_the_traceback(toy_bundle):
 
 
 def test_every_command_has_an_example(diffx):
-    for command in ("export", "sample", "verify", "inspect", "plan", "doctor", "train"):
+    for command in ("export", "sample", "verify", "inspect", "plan", "bench", "doctor", "train"):
         status, out, _ = diffx(command, "--help")
         assert status == 0
         assert f"Example: diffx {command}" in " ".join(out.split())

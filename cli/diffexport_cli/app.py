@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from diffexport_cli.bench import bench
 from diffexport_cli.build import build
 from diffexport_cli.doctor import doctor
 from diffexport_cli.embed import embed
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (export, sample, verify, inspect, build, embed, plan, doctor, train):
+for command in (export, sample, verify, inspect, build, embed, plan, bench, doctor, train):
     app.command(no_args_is_help=command in (export, train))(command)
 
 
