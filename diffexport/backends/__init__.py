@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from diffexport.backends.session import Session
 from diffexport.errors import BackendError
+from diffexport.telemetry import switch_off
 
 if TYPE_CHECKING:
     from diffexport.bundle import Bundle
+
+
+switch_off()  # before any module of this package imports a runtime
 
 
 @dataclass(frozen=True)
