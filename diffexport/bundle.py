@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,6 +31,7 @@ from diffexport.errors import BundleError, SpecError
 from diffexport.files import read_regular
 from diffexport.onnx_file import check_graph
 from diffexport.plan import Plan, make_plan
+from diffexport.precision import Precision as Precision
 from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ MAX_TENSORS = 1 << 29
 
 MAX_BATCH = 1 << 16
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 HALF: tuple[Precision, ...] = ("fp16", "bf16")
 Tensors = dict[str, NDArray[Any]]
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from diffexport.bundle import Precision
 from diffexport.errors import ExportError
+from diffexport.precision import Precision
 from diffexport_cli.progress import progress_bar
 
 
