@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Iterator
@@ -40,9 +39,12 @@ def runtime() -> Any:
     Raises:
         BackendError: cuda-python is not installed.
     """
-    if importlib.util.find_spec("cuda") is None:
-        raise BackendError("cuda-python is not installed; pip install 'diffexport[rtx]' or 'diffexport[trt]'")
-    return importlib.import_module("cuda.bindings.runtime")
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(
+            "cuda-python is not installed; pip install 'diffexport[rtx]' or 'diffexport[trt]'"
+        ) from error
 
 
 def call(name: str, *arguments: Any) -> Any:
