@@ -99,15 +99,18 @@ def _monitor(trt: Any, say: Callable[[Report], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
+            self._phases = ["building"]
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            say(Report(doing=phase_name[:1].lower() + phase_name[1:]))
+            self._phases.append(phase_name[:1].lower() + phase_name[1:])
+            say(Report(doing=self._phases[-1]))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            pass
+            self._phases.pop()
+            say(Report(doing=self._phases[-1]))
 
     return Monitor()
 
