@@ -97,11 +97,12 @@ Arguments parse_arguments(int count, char** words) {
          }},
     };
     std::vector<option> table;
+    table.reserve(options.size() + 1);
     for (const Option& entry : options)
         table.push_back({entry.name, entry.has_value ? required_argument : no_argument, nullptr, 0});
     table.push_back({});
     opterr = 0;
-    for (int index = 0, code; (code = getopt_long(count, words, "h", table.data(), &index)) != -1;) {
+    for (int index = 0, code = 0; (code = getopt_long(count, words, "h", table.data(), &index)) != -1;) {
         if (code == 'h') print(kHelp);
         if (code != 0)
             throw std::invalid_argument(std::string(words[optind - 1]) +

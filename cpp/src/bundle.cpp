@@ -64,8 +64,8 @@ Plan Bundle::plan(const std::string& sampler, int steps, double guidance_scale) 
     const auto& table = rows->second.floats;
     const auto finite = [](float number) { return std::isfinite(number); };
     const auto& shape = rows->second.shape;
-    if (table.empty() || shape.size() != 2 || shape[1] != kColumns || scale->second.floats.size() != 1 ||
-        !std::ranges::all_of(table, finite) || !finite(scale->second.floats[0]))
+    if (table.empty() || shape.size() != 2 || std::cmp_not_equal(shape[1], kColumns) ||
+        scale->second.floats.size() != 1 || !std::ranges::all_of(table, finite) || !finite(scale->second.floats[0]))
         throw error(DIFFX_BUNDLE_ERROR, (path_ / "plans.safetensors").string(), ": plan ", sampler, ":", steps,
                     " is not a table of finite numbers with ", kColumns, " columns; export the model again");
     Plan plan{std::vector<Row>(table.size() / kColumns), scale->second.floats[0]};
@@ -77,7 +77,7 @@ Plan Bundle::plan(const std::string& sampler, int steps, double guidance_scale) 
 }
 
 std::shared_ptr<Network> Bundle::network(const std::string& backend, const Options& options) const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     auto& kept = networks_[{backend, options}];
     auto network = kept.lock();
     if (!network) kept = network = open_network(*this, backend, options);

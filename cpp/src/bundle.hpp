@@ -18,7 +18,6 @@ namespace diffx::core {
 struct Plan {
     std::vector<Row> rows;
     float x_scale;
-    bool guided() const { return rows.front()[kGuidance] != 1.0f; }
 };
 
 class Bundle {

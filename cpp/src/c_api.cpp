@@ -1,4 +1,5 @@
 // The C interface: every exception becomes a status and a message.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -44,7 +45,8 @@ diffx_status guarded(const Call& call) noexcept {
     }
 }
 
-void required(const void* pointer, const char* name) {
+template <typename Pointed>
+void required(const Pointed* pointer, const char* name) {
     if (pointer == nullptr) throw error(DIFFX_SHAPE_ERROR, name, ": got NULL");
 }
 
@@ -85,7 +87,7 @@ const char* diffx_bundle_name(const diffx_bundle* bundle) {
 
 size_t diffx_bundle_shape(const diffx_bundle* bundle, int64_t shape[3]) {
     const auto& sides = bundle->bundle->manifest().image_shape;
-    std::copy(sides.begin(), sides.end(), shape);
+    std::ranges::copy(sides, shape);
     return sides.size();
 }
 

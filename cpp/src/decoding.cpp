@@ -12,7 +12,7 @@ constexpr std::size_t kOverlap = 4; // tiles share at least their side divided b
 
 /// What one tile covers of an axis: its first latent, and the weight of each of its pixels.
 struct Span {
-    std::size_t start;
+    std::size_t start = 0;
     std::vector<float> weight;
 };
 
@@ -44,31 +44,32 @@ std::vector<Span> spans(std::size_t side, std::size_t tile, std::size_t upscale)
 
 } // namespace
 
-void decode(Network& network, const Manifest& manifest, std::span<const float> latents, std::span<float> image) {
+void decode(Network& network, const Manifest& manifest, const Decoder& decoder, std::span<const float> latents,
+            std::span<float> image) {
     const auto side = [&](std::size_t k) { return static_cast<std::size_t>(manifest.shape[k]); };
     const std::size_t depth = side(0), height = side(1), width = side(2);
-    const std::size_t upscale = manifest.decoder->upscale, channels = manifest.decoder->channels;
-    const std::size_t tile = manifest.decoder->tile / upscale;
+    const std::size_t upscale = decoder.upscale, channels = decoder.channels;
+    const std::size_t tile = decoder.tile / upscale;
     const std::size_t rows = tile == 0 ? height : std::min(tile, height),
                       columns = tile == 0 ? width : std::min(tile, width);
-    const std::size_t page = width * upscale, stripe = columns * upscale;
-    std::vector<float> part(depth * rows * columns), decoded(channels * rows * upscale * stripe);
+    const std::size_t page = width * upscale, band = rows * upscale, stripe = columns * upscale;
+    std::vector<float> part(depth * rows * columns), decoded(channels * band * stripe);
     std::ranges::fill(image, 0.0f);
     for (const Span& row : spans(height, rows, upscale))
         for (const Span& column : spans(width, columns, upscale)) {
-            for (std::size_t line = 0; line < depth * rows; ++line) {
-                const std::size_t from = (line / rows * height + row.start + line % rows) * width + column.start;
-                std::ranges::copy(latents.subspan(from, columns),
-                                  part.begin() + static_cast<std::ptrdiff_t>(line * columns));
-            }
+            for (std::size_t channel = 0; channel < depth; ++channel)
+                for (std::size_t y = 0; y < rows; ++y) {
+                    const auto line =
+                        latents.subspan((channel * height + row.start + y) * width + column.start, columns);
+                    std::ranges::copy(line, part.begin() + static_cast<std::ptrdiff_t>((channel * rows + y) * columns));
+                }
             network.decode(part, {static_cast<std::int64_t>(rows), static_cast<std::int64_t>(columns)}, decoded);
-            for (std::size_t line = 0; line < channels * rows * upscale; ++line) {
-                const std::size_t y = line % (rows * upscale), channel = line / (rows * upscale);
-                const std::size_t to =
-                    (channel * height * upscale + row.start * upscale + y) * page + column.start * upscale;
-                for (std::size_t x = 0; x < stripe; ++x)
-                    image[to + x] += decoded[line * stripe + x] * (row.weight[y] * column.weight[x]);
-            }
+            for (std::size_t channel = 0; channel < channels; ++channel)
+                for (std::size_t y = 0; y < band; ++y) {
+                    const float* from = &decoded[(channel * band + y) * stripe];
+                    float* to = &image[((channel * height + row.start) * upscale + y) * page + column.start * upscale];
+                    for (std::size_t x = 0; x < stripe; ++x) to[x] += from[x] * (row.weight[y] * column.weight[x]);
+                }
         }
 }
 

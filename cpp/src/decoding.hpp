@@ -9,6 +9,7 @@
 namespace diffx::core {
 
 /// Decode one sample of a bundle that has a decoder.
-void decode(Network& network, const Manifest& manifest, std::span<const float> latents, std::span<float> image);
+void decode(Network& network, const Manifest& manifest, const Decoder& decoder, std::span<const float> latents,
+            std::span<float> image);
 
 } // namespace diffx::core

@@ -18,9 +18,9 @@ struct FileEntry {
 
 struct Defaults {
     std::string sampler;
-    int steps;
-    double guidance_scale;
-    int batch;
+    int steps = 0;
+    double guidance_scale = 1;
+    int batch = 0;
 };
 
 /// A decoder of latents to images.
@@ -34,14 +34,14 @@ struct Manifest {
     std::string name;
     std::string precision;
     std::vector<std::int64_t> shape; // of one sample, (C, H, W) or (D)
-    std::size_t size;                // numbers in one sample
-    std::int64_t num_classes;        // 0 for a model without labels
-    bool has_null;                   // it knows a null label beside those; without one there is no guidance
+    std::size_t size = 0;            // numbers in one sample
+    std::int64_t num_classes = 0;    // 0 for a model without labels
+    bool has_null = true;            // it knows a null label beside those; without one there is no guidance
     std::vector<std::string> label_names;
     Defaults defaults;
     std::optional<Decoder> decoder;
     std::vector<std::int64_t> image_shape; // of what is returned: the sample, or what the decoder makes of it
-    std::size_t image_size;
+    std::size_t image_size = 0;
     std::map<std::string, FileEntry> files;
 };
 

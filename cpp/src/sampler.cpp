@@ -83,7 +83,8 @@ void Sampler::sample(const Request& request, std::span<float> images) {
         if (manifest.decoder) {
             state.read(start_, {});
             for (std::size_t k = 0; k < count; ++k)
-                decode(*network_, manifest, std::span(start_).subspan(k * manifest.size, manifest.size),
+                decode(*network_, manifest, *manifest.decoder,
+                       std::span(start_).subspan(k * manifest.size, manifest.size),
                        out.subspan(k * manifest.image_size, manifest.image_size));
         } else {
             state.read(out, {});

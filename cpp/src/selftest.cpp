@@ -178,7 +178,7 @@ std::vector<Finding> selftest(Sampler& sampler) {
     if (manifest.decoder) {
         std::vector<float> image(manifest.image_size);
         const auto latents = cases.floats("decoder.x", manifest.size);
-        const double taken = fastest([&] { decode(sampler.network(), manifest, latents, image); });
+        const double taken = fastest([&] { decode(sampler.network(), manifest, *manifest.decoder, latents, image); });
         findings.push_back(
             held("decoder.image", image, cases.floats("decoder.image", image.size()), limits.step, taken));
     }

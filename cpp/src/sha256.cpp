@@ -25,7 +25,7 @@ std::uint32_t word_at(const std::byte* bytes) {
 } // namespace
 
 void Sha256::compress(const std::byte* block) {
-    std::array<std::uint32_t, 64> w;
+    std::array<std::uint32_t, 64> w{};
     for (std::size_t t = 0; t < 16; ++t) w[t] = word_at(block + 4 * t);
     for (std::size_t t = 16; t < 64; ++t) {
         const std::uint32_t s0 = std::rotr(w[t - 15], 7) ^ std::rotr(w[t - 15], 18) ^ w[t - 15] >> 3;
@@ -55,7 +55,7 @@ void Sha256::update(std::span<const std::byte> data) {
         compress(pending_.data());
     }
     for (; data.size() >= 64; data = data.subspan(64)) compress(data.data());
-    std::copy(data.begin(), data.end(), pending_.begin());
+    std::ranges::copy(data, pending_.begin());
 }
 
 std::string Sha256::digest() {

@@ -24,7 +24,7 @@ class Graphs {
 public:
     template <typename Load>
     Graph& get(std::size_t which, const Load& load) {
-        const std::lock_guard lock(mutex_);
+        const std::scoped_lock lock(mutex_);
         if (!graphs_[which]) graphs_[which] = load(which);
         return *graphs_[which];
     }

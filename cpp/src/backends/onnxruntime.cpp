@@ -169,7 +169,7 @@ std::unique_ptr<State> OrtNetwork::state(std::size_t batch) {
 }
 
 void OrtNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) {
-    const auto upscale = static_cast<std::int64_t>(manifest.decoder->upscale);
+    const auto upscale = manifest.image_shape[1] / manifest.shape[1];
     const std::int64_t from[] = {1, manifest.shape[0], sides[0], sides[1]};
     const std::int64_t to[] = {1, manifest.image_shape[0], sides[0] * upscale, sides[1] * upscale};
     const auto x = tensor(const_cast<float*>(latents.data()), latents.size_bytes(), from, false, true);

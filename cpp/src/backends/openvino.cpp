@@ -152,7 +152,7 @@ std::unique_ptr<State> OpenVinoNetwork::state(std::size_t batch) {
 
 void OpenVinoNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides,
                              std::span<float> image) {
-    const auto upscale = static_cast<std::int64_t>(manifest.decoder->upscale);
+    const auto upscale = manifest.image_shape[1] / manifest.shape[1];
     const std::int64_t from[] = {1, manifest.shape[0], sides[0], sides[1]};
     const std::int64_t to[] = {1, manifest.image_shape[0], sides[0] * upscale, sides[1] * upscale};
     const auto decoder = request(kDecoder);

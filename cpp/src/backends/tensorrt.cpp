@@ -22,7 +22,7 @@ class Complaints final : public nvinfer1::ILogger {
 public:
     void log(Severity severity, const char* message) noexcept override {
         if (severity > Severity::kERROR) return;
-        const std::lock_guard lock(mutex_);
+        const std::scoped_lock lock(mutex_);
         try {
             last_ = message;
         } catch (...) {
@@ -30,7 +30,7 @@ public:
         }
     }
     std::string last() const {
-        const std::lock_guard lock(mutex_);
+        const std::scoped_lock lock(mutex_);
         return last_.empty() ? "it does not say why" : last_.substr(0, last_.find('\n'));
     }
 
@@ -117,7 +117,7 @@ public:
     std::unique_ptr<nvinfer1::IExecutionContext> context(std::size_t graph, const Choice& chosen, void* stream) {
         nvinfer1::ICudaEngine* engine = nullptr;
         {
-            const std::lock_guard lock(mutex_);
+            const std::scoped_lock lock(mutex_);
             auto& kept = loaded_[chosen.engine->file.string()];
             if (!kept) kept = trt->engine(chosen.engine->file);
             engine = kept.get();
