@@ -197,8 +197,9 @@ class Bundle:
         ]
         if missing:
             raise BundleError(f"{path}: the manifest does not list {missing[0]}; export the model again")
-        for name in manifest.graphs:
-            check_graph(path / f"{name}.onnx", path / WEIGHTS)
+        for name in manifest.files:
+            if name.endswith(".onnx"):
+                check_graph(path / name, path / WEIGHTS)
         return cls(path, manifest)
 
     def graph(self, name: str) -> Path:

@@ -52,7 +52,9 @@ def fuzz(name: str, runs: int) -> str:
         stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", done.stderr))
         if done.returncode or int(stats.get("number_of_executed_units", 0)) < runs:
             kept = [path.read_bytes() for path in Path(folder).glob("*-*") if path.is_file()]
-            raise SystemExit(f"{name}: FAILED\n{done.stderr[-6000:]}\ninput: {kept[:1]!r}")
+            raise SystemExit(
+                f"{name}: FAILED, exit status {done.returncode}\n{done.stderr[-6000:]}\ninput: {kept[:1]!r}"
+            )
         return f"| {name} | {stats['number_of_executed_units']} | {stats['peak_rss_mb']} | {seconds:.0f} |"
 
 

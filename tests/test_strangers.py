@@ -189,9 +189,20 @@ def test_domains_inside_a_loop_are_seen(copy):
 
 def test_a_graph_that_cannot_run_is_one_line(copy, diffx):
     """Sound as a file, but of other inputs than a step has."""
-    shutil.copy(copy / "denoiser.onnx", copy / "step_plain.onnx")
-    rehash(copy, "step_plain.onnx")
-    assert_refused(diffx("sample", copy, "--num", 1), "backend 'ort': step_plain failed")
+    others = [path.name for path in copy.glob("*.onnx") if path.name != "denoiser.onnx"]
+    for name in others:
+        shutil.copy(copy / "denoiser.onnx", copy / name)
+    rehash(copy, *others)
+    for more in ((), ("--one-call",)):
+        assert_refused(diffx("sample", copy, "--num", 1, *more), "failed (")
+
+
+@pytest.mark.parametrize("groups", [0, -1, 1 << 40])
+def test_a_decoder_of_no_groups_is_refused(every, groups):
+    """Found by scripts/fuzz: nothing divides by it, and no runtime sees it."""
+    config = json.loads(every["config of a decoder"].seeds[0])
+    refusal = outcome(every["config of a decoder"], json.dumps(config | {"norm_num_groups": groups}).encode())
+    assert "num_groups" in refusal
 
 
 def _safetensors(header, data=b"\0" * 64):

@@ -46,6 +46,8 @@ class _Config(msgspec.Struct, frozen=True):
     latents_std: Any = None
 
     def __post_init__(self) -> None:
+        if self.norm_num_groups < 1:
+            raise SpecError(f"norm_num_groups {self.norm_num_groups}: expected at least 1")
         for name, value, expected in (
             ("_class_name", self.class_name, "AutoencoderKL"),
             ("act_fn", self.act_fn, "silu"),
