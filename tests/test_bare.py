@@ -40,9 +40,8 @@ def test_importing_the_library_loads_no_runtime():
 @pytest.mark.parametrize("name", ["plain", "decoded"])
 def test_sampling_loads_no_torch_and_no_exporter(toy_bundle, tmp_path, name):
     path, out = toy_bundle(name).path, tmp_path / "a.png"
-    code = (
-        f"import diffexport_cli.app as a, sys; sys.argv = ['diffx', 'sample', {str(path)!r}, '--out', {str(out)!r}]; "
-    )
+    words = ["diffx", "sample", str(path), "--backend", "ort", "--out", str(out)]
+    code = f"import diffexport_cli.app as a, sys; sys.argv = {words!r}; "
     assert loaded_by(code + "a.app(standalone_mode=False)") == {"numpy", "onnxruntime"}
     assert out.exists()
 

@@ -22,7 +22,7 @@ from diffexport_cli.plan_options import (
 from diffexport_cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from diffexport.bundle import Defaults
+    from diffexport.bundle import Bundle, Defaults
     from diffexport.pictures import Array, Frame
     from diffexport.plan import Plan
     from diffexport.spec import ModelSpec
@@ -32,7 +32,13 @@ def sample(
     bundle: Annotated[
         Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the network; `diffx doctor` lists them.")] = "ort",
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs the network; `diffx doctor` lists them.",
+            show_default="the fastest here, measured once and remembered",
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(help="Labels, by number or name: 3,1,4 or 0-9 or all.", show_default="0, 1, 2, ... in turn"),
@@ -146,24 +152,13 @@ def sample(
     frames = _Frames(opened.spec, plan, trajectory) if trajectory is not None else None
     if folder is not None and (npz is not None or frames is not None):
         raise DiffexportError(f"--out {out}: a folder takes one file a sample; leave out --npz and --trajectory")
-    with (
-        progress_bar("sampling") as progress,
-        opened.sampler(
-            backend,
-            **_backend_options(
-                opened.spec,
-                backend,
-                checkpoint,
-                vae,
-                threads=threads,
-                precision=precision,
-                mode=mode,
-                selftest=selftest,
-                allow_fallback=allow_fallback,
-                cuda_graph=cuda_graph,
-            ),
-        ) as s,
-    ):
+    given = {"threads": threads, "precision": precision, "mode": mode}
+    given |= {"allow_fallback": allow_fallback, "cuda_graph": cuda_graph}
+    why = None
+    if backend is None:
+        backend, why = _chosen(opened, checkpoint is not None or vae is not None, given)
+    settings = _backend_options(opened.spec, backend, checkpoint, vae, selftest=selftest, **given)
+    with progress_bar("sampling") as progress, opened.sampler(backend, **settings) as s:
         started, kept = time.perf_counter(), 0
         if folder is not None:
             described = _described(opened.manifest.defaults, sampler, steps, guidance_scale, options)
@@ -193,6 +188,7 @@ def sample(
         "samples": count - kept,
         "kept": kept,
         "backend": backend,
+        "chosen": why,
         "device": device,
         "rows": len(plan),
         "evaluations": plan.evaluations,
@@ -210,6 +206,8 @@ def sample(
         f"{count - kept} samples{there} on {backend} ({device}), "
         f"{plan.evaluations} network evaluations each{saved}, {seconds:.2f} s"
     )
+    if why is not None:
+        print(f"{backend} was chosen: {why}")
     for path in written:
         print(f"wrote {path}")
 
@@ -281,6 +279,17 @@ def _described(
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
     words = [f"{sampler or defaults.sampler}, {steps or defaults.steps} steps, guidance {guidance:g}"]
     return ", ".join(words + [f"{name} {value}" for name, value in options.items()])
+
+
+def _chosen(bundle: Bundle, with_modules: bool, given: dict[str, Any]) -> tuple[str, str]:
+    """The backend that is taken where none is named, and why."""
+    from diffexport.choice import choose
+
+    if with_modules:
+        return "torch", "--checkpoint and --vae name PyTorch modules"
+    with progress_bar("choosing a backend"):
+        choice = choose(bundle, [name for name, value in given.items() if value is not None])
+    return choice.backend, choice.why
 
 
 def _backend_options(
