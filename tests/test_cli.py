@@ -90,7 +90,7 @@ def test_torch_backend_needs_the_checkpoint(diffx, toy_bundle):
     (("--guidance-interval", "900:1000"), "overlapping"),
     (("--seed", "-1"), "seed -1"),
     (("--threads", "0"), "--threads 0"),
-    (("--checkpoint", "x.pt"), "leave it out"),
+    (("--backend", "ort", "--checkpoint", "x.pt"), "leave it out"),
     (("--out", "/dev/null/x.png"), "/dev/null"),
 ])  # fmt: skip
 def test_bad_calls_of_sample_are_one_line_and_write_nothing(diffx, toy_bundle, tmp_path, words, message):
