@@ -22,7 +22,7 @@ from diffexport_reference.official_dit import OfficialDiT
 BIN = Path(sys.executable).parent
 MODEL = Path(__file__).parent.parent / "models" / "digits.pt"
 REPEATS = 7
-BY_HAND = "\n## Graph work"
+BY_HAND = "\n## C++"
 
 
 def spread(values: list[float], unit: str, scale: float = 1.0) -> str:
