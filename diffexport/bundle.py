@@ -109,7 +109,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: ModelSpec
     precision: Precision
     keep_fp32: tuple[str, ...] = ()
-    """Layers of a half bundle that were kept fp32 beyond what ``diffexport.exporter.precision`` keeps in every model."""
+    """Layers of a half or int8 bundle that were kept fp32 beyond what is kept in every model."""
     parameters: int
     max_batch: int
     defaults: Defaults
@@ -149,6 +149,25 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     passed: bool
 
 
+class LayerError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a layer costs when it alone is int8."""
+
+    layer: str
+    relative_l2: float
+    """Of the network's output, over states of the model's own sampler."""
+    kept: bool
+    """Whether it stays fp32."""
+
+
+class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the layers of an int8 bundle were chosen."""
+
+    budget: float
+    """PSNR in dB that every compared run had to reach; layers were kept fp32, the costliest first, until it did."""
+    layers: list[LayerError]
+    """Every layer that could be int8, the costliest first."""
+
+
 class Certificate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was measured of a bundle against PyTorch when it was written."""
 
@@ -157,6 +176,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision: Precision
     passed: bool
     measurements: list[Measurement]
+    quantization: Quantization | None = None
+    """Of an int8 bundle."""
 
 
 class Bundle:

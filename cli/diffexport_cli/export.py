@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffexport.errors import ExportError
 from diffexport.precision import Precision
 from diffexport_cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from diffexport.bundle import Quantization
 
 
 def export(
@@ -32,6 +35,7 @@ def export(
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Short for --precision bf16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Short for --precision int8.")] = False,
     precision: Annotated[
         Precision | None,
         typer.Option(
@@ -41,11 +45,15 @@ def export(
     keep_fp32: Annotated[
         list[str] | None,
         typer.Option(
-            help="Layers of a half network that stay fp32, such as 'blocks.*.mlp'; auto searches the fewest where the "
-            "checks fail without. Repeatable.",
+            help="Layers of a half or int8 network that stay fp32, such as 'blocks.*.mlp'; auto searches the fewest "
+            "where the checks fail without, as int8 always does. Repeatable.",
             metavar="LAYER",
         ),
     ] = None,
+    int8_psnr: Annotated[
+        float,
+        typer.Option(help="What int8 runs have to reach beside PyTorch's; costly layers stay fp32.", metavar="DB"),
+    ] = 30.0,
     max_batch: Annotated[int, typer.Option(help="Largest batch that is checked.", metavar="B")] = 16,
     sampler: Annotated[
         str | None,
@@ -92,7 +100,7 @@ def export(
     from diffexport_cli.checkpoint import read_checkpoint, read_decoder
     from diffexport_cli.output import describe_decoder, print_json, size_of, worst_of
 
-    chosen = _precision(precision, {"fp16": fp16, "bf16": bf16})
+    chosen = _precision(precision, {"fp16": fp16, "bf16": bf16, "int8": int8})
     gc.disable()  # loading PyTorch and tracing make millions of objects that live to the end of this short process
     with progress_bar("reading the checkpoint") as progress:
         facts = dict(
@@ -114,6 +122,7 @@ def export(
             decoder=read_decoder(folder) if folder is not None else None,
             precision=chosen,
             keep_fp32=keep_fp32 or (),
+            int8_psnr=int8_psnr,
             max_batch=max_batch,
             defaults=Defaults(
                 sampler=sampler or default_sampler(found.spec),
@@ -138,6 +147,8 @@ def export(
     shape = " x ".join(map(str, spec.shape))
     for layer in bundle.manifest.keep_fp32:
         print(f"kept in fp32: {layer}")
+    if certificate.quantization is not None:
+        _print_quantization(certificate.quantization)
     print(f"{spec.family}, {bundle.manifest.parameters / 1e6:.2f} M parameters, samples {shape}, {labels}, {chosen}")
     if bundle.manifest.decoder is not None:
         print(describe_decoder(bundle.manifest.decoder, spec))
@@ -146,6 +157,19 @@ def export(
     print(f"  worst step:  {describe(worst_of(certificate.measurements, runs=False))}")
     print(f"  worst run:   {describe(worst_of(certificate.measurements, runs=True))}")
     print(f"wrote {bundle.path} ({size_of(bundle.path)})")
+
+
+def _print_quantization(found: Quantization) -> None:
+    """Which layers are int8, and what the costliest cost."""
+    kept = sum(entry.kept for entry in found.layers)
+    print(
+        f"{len(found.layers) - kept} layers in int8, {kept} of them that could be stay fp32 for {found.budget:g} dB; "
+        "error of the network's output with one alone in int8:"
+    )
+    for entry in found.layers[: max(kept, 5)]:
+        print(f"  {entry.relative_l2:.1e}  {entry.layer}{'  (fp32)' if entry.kept else ''}")
+    if len(found.layers) > max(kept, 5):
+        print("  ...      the others are in certificate.json")
 
 
 def _precision(named: Precision | None, flags: dict[Precision, bool]) -> Precision:

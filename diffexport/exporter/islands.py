@@ -77,7 +77,7 @@ class Investigation:
             progress(f"half precision of {layer} alone", index / len(layers))
             alone = self.model.clone()
             lower(alone, precision, only=layer)
-            run = _session(alone)
+            run = network_session(alone)
             errors = [relative_l2(run(feeds)[0], right) for feeds, right in zip(self.feeds, expected, strict=True)]
             found.append((layer, float(np.max(errors)) if np.isfinite(errors).all() else np.inf))
         return sorted(found, key=lambda entry: -entry[1])
@@ -135,19 +135,26 @@ def _islands_of_network(
         if needed and holds(needed):
             return needed
     ranked = [layer for layer, _ in investigation.sensitivities(precision, progress) if layer not in needed]
-    low, high = 1, len(ranked)  # fewer than `low` layers more are too few; `high` are enough, if all of them are
+    return (*needed, *fewest(ranked, lambda more: holds((*needed, *more)), progress))
+
+
+def fewest(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool], progress: Progress) -> tuple[str, ...]:
+    """The fewest layers from the front of a list, at least one, so that ``holds``; all of them where nothing less does.
+
+    The last call of ``holds`` is made with what is returned.
+    """
+    low, high = 1, len(ranked)  # fewer than `low` layers are too few; `high` are enough, if all of them are
     tried: int | None = None
     while low < high:
         tried = (low + high) // 2
-        progress(f"keeping {len(needed) + tried} layers in fp32", tried / len(ranked))
-        if holds((*needed, *ranked[:tried])):
+        progress(f"keeping {tried} layers more in fp32", tried / len(ranked))
+        if holds(ranked[:tried]):
             high = tried
         else:
             low = tried + 1
-    chosen = (*needed, *ranked[:high])
     if tried != high:
-        holds(chosen)
-    return chosen
+        holds(ranked[:high])
+    return tuple(ranked[:high])
 
 
 def _feeds(spec: ModelSpec, sigma: float, draw: int) -> Tensors:
@@ -166,7 +173,7 @@ def _feeds(spec: ModelSpec, sigma: float, draw: int) -> Tensors:
     return feeds
 
 
-def _session(model: onnx_ir.Model) -> Callable[[Tensors], list[Any]]:
+def network_session(model: onnx_ir.Model) -> Callable[[Tensors], list[Any]]:
     """A network to run, rounding what is half; its weights lie where its first external tensor says."""
     import onnx_ir as ir
 
@@ -180,4 +187,4 @@ def _session(model: onnx_ir.Model) -> Callable[[Tensors], list[Any]]:
 
 
 def _run(model: onnx_ir.Model, feeds: Tensors) -> list[Any]:
-    return _session(model)(feeds)
+    return network_session(model)(feeds)

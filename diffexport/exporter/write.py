@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from diffexport.bundle import (
     Defaults,
     Manifest,
     Precision,
+    Quantization,
     entry_of,
     sha256_of,
     write_json,
@@ -45,9 +47,14 @@ if TYPE_CHECKING:
 
     from diffexport.exporter.compose import Traced
     from diffexport.exporter.forecast import Forecast
+    from diffexport.exporter.quantize import Quantizer
+    from diffexport.plan import Plan
 
 AUTO = "auto"
 """The word that asks for a search in place of a layer's pattern."""
+
+INT8_PSNR = 30.0
+"""PSNR in dB that the runs of an int8 bundle have to reach: the limit and 5 dB for what other runtimes add to it."""
 
 
 def export(
@@ -58,6 +65,7 @@ def export(
     decoder: tuple[torch.nn.Module, DecoderSpec] | None = None,
     precision: Precision = "fp32",
     keep_fp32: Iterable[str] = (),
+    int8_psnr: float = INT8_PSNR,
     max_batch: int = 16,
     defaults: Defaults | None = None,
     plans: Iterable[str] = (),
@@ -75,8 +83,10 @@ def export(
         decoder: what makes images of the samples, where these are latents, and its spec; called as
             ``decoder(latents)`` with latents (N, C, h, w) of any sides.
         precision: of the network's tensors; what else stays fp32 is told in ``diffexport.exporter.precision``.
-        keep_fp32: of a half network, patterns of layers that stay fp32, such as ``blocks.*.mlp``; "auto" searches the
-            fewest where the checks fail without.
+        keep_fp32: of a half or int8 network, patterns of layers that stay fp32, such as ``blocks.*.mlp``; "auto" searches
+            the fewest where the checks fail without, which int8 always does.
+        int8_psnr: the PSNR in dB that every compared run of an int8 bundle has to reach; the layers that cost most stay
+            fp32 until it does.
         max_batch: the largest batch to check, and to plan engines for.
         defaults: sampler, steps, guidance and batch of a run that does not say; see ``default_sampler``.
         plans: more ready-made plans, each ``NAME:STEPS``.
@@ -94,9 +104,10 @@ def export(
     """
     from diffexport.exporter.compose import write_graphs
     from diffexport.exporter.forecast import check_disk, forecast
+    from diffexport.probes import default_plan
 
-    if precision == "int8":
-        raise ExportError("precision 'int8': this version writes fp32, fp16 and bf16 bundles")
+    if not math.isfinite(int8_psnr):
+        raise ExportError(f"int8_psnr {int8_psnr}: expected a number of dB")
     if max_batch < 1:
         raise ExportError(f"max_batch {max_batch}: expected at least 1")
     report = progress or (lambda _what, _part: None)
@@ -128,7 +139,13 @@ def export(
                 graphs[:] = write_graphs(trace(), work, precision, layers)
                 return _certify(module, spec, decoder, work, precision, max_batch, defaults, thorough, report)
 
-            certificate = attempt(traced, keep)
+            if precision == "int8":
+                plan = default_plan(spec, defaults, guided=True)
+                with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}-") as folder:
+                    quantizer = _quantizer(module, traced(), plan, Path(folder), keep, report)
+                    keep, certificate = _with_int8(quantizer, keep, int8_psnr, attempt, report)
+            else:
+                certificate = attempt(traced, keep)
             advice = ""
             if not certificate.passed and precision in HALF and (auto or not allow_mismatch):
                 with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}-") as folder:
@@ -194,6 +211,46 @@ def _with_islands(
 
     more = fewest_islands(spilled, precision, holds, lambda what, part: report(what, 0.4 + 0.5 * part))
     return (*keep, *more), certificate
+
+
+def _quantizer(
+    module: torch.nn.Module, traced: Traced, plan: Plan, folder: Path, keep: Sequence[str], report: Progress
+) -> Quantizer:
+    """A quantizer of what was traced, calibrated on runs of the module."""
+    from diffexport.backends.torch import TorchSession
+    from diffexport.exporter.precision import check_patterns
+    from diffexport.exporter.quantize import Quantizer, visited_states
+
+    check_patterns(keep, traced.layers)
+    feeds = visited_states(
+        TorchSession(module, traced.spec), traced.spec, plan, lambda what, part: report(what, 0.1 + 0.1 * part)
+    )
+    return Quantizer(traced.spilled(folder), folder, feeds, keep, lambda what, part: report(what, 0.2 + 0.1 * part))
+
+
+def _with_int8(
+    quantizer: Quantizer,
+    keep: tuple[str, ...],
+    budget: float,
+    attempt: Callable[[Callable[[], Traced], Sequence[str]], Certificate],
+    report: Progress,
+) -> tuple[tuple[str, ...], Certificate]:
+    """The layers that stay fp32, the fewest more that meet the budget, and the certificate of the graphs last written."""
+    from diffexport.exporter.islands import fewest
+
+    errors = quantizer.sensitivities(lambda what, part: report(what, 0.3 + 0.1 * part))
+    certificate: Certificate | None = None
+
+    def holds(more: Sequence[str]) -> bool:
+        nonlocal certificate
+        certificate = attempt(lambda: quantizer.traced(more), keep)
+        return certificate.passed and all(m.psnr is None or m.psnr >= budget for m in certificate.measurements)
+
+    more = () if holds(()) else fewest([error.layer for error in errors], holds, report)
+    assert certificate is not None
+    layers = [msgspec.structs.replace(error, kept=error.layer in more) for error in errors]
+    quantization = Quantization(budget=budget, layers=layers)
+    return (*keep, *more), msgspec.structs.replace(certificate, quantization=quantization)
 
 
 def _advice(spilled: Traced, precision: Precision) -> str:
