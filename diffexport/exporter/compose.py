@@ -12,6 +12,7 @@ from diffexport.exporter.graphs import conditioning_graph, decoder_graph, denois
 from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
 from diffexport.exporter.parts import CONDITION, cut_at, take_batch_from_noise
 from diffexport.exporter.precision import check_patterns, layers_of, lower
+from diffexport.exporter.trace import TRACED_OPSET
 from diffexport.exporter.weights import write_weights
 from diffexport.spec import DecoderSpec, ModelSpec
 
@@ -85,5 +86,7 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Seque
         graphs["decoder"] = decoder_graph(decoder, decoder_spec, spec.shape[0])
         graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoder, decoder_spec)
     for name, graph in graphs.items():
+        if precision == "int8":  # from opset 21 on, ONNX Runtime 1.31 moves Q/DQ pairs and gives them two types at once
+            graph.opset_import[0].version = TRACED_OPSET
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     return list(graphs)

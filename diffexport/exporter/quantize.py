@@ -23,6 +23,7 @@ from diffexport.backends.session import Session
 from diffexport.bundle import LayerError, Tensors
 from diffexport.errors import ExportError
 from diffexport.exporter.precision import layer_of, matches
+from diffexport.exporter.trace import TRACED_OPSET
 from diffexport.noise import normal
 from diffexport.parity import relative_l2
 from diffexport.plan import COLUMNS, Plan
@@ -140,6 +141,7 @@ class Quantizer:
                 value = str(node.name).removesuffix(f"_{node.op_type}")
                 node.name = f"net/{self.layer_of_value[value]}/{node.name}"
         result.graph.sort()
+        result.graph.opset_imports[""] = TRACED_OPSET
         return result
 
     def sensitivities(self, progress: Progress) -> list[LayerError]:
