@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,28 @@ def save_sample(x: Array, path: str | Path) -> None:
     """Write one sample (C, H, W) as a PNG of its own size, one channel as gray."""
     pixels = to_pixels(x[None])[0]
     Image.fromarray(pixels[..., 0] if len(x) == 1 else pixels).save(path, format="PNG")
+
+
+def panels(series: Mapping[str, Sequence[float]], size: tuple[int, int] = (640, 150)) -> Image.Image:
+    """One panel below the other, each a line through its numbers from left to right, named, with its range."""
+    scale, margin = 3, 24  # drawn large and reduced, for smooth lines
+    width, height = size[0] * scale, size[1] * scale
+    page = Image.new("RGB", (width, height * len(series)), (_PAPER,) * 3)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12 * scale)
+    for index, (name, numbers) in enumerate(series.items()):
+        top, edge = index * height, margin * scale
+        low, high = min(numbers), max(numbers)
+        draw.text((edge // 4, top + edge // 4), f"{name}: {low:.4g} .. {high:.4g}", _INK, font)
+        draw.line((edge, top + height - edge // 2, width - edge, top + height - edge // 2), (200,) * 3, scale)
+        spots = []
+        for k, number in enumerate(numbers):
+            part = (number - low) / (high - low) if high > low else 0.5
+            across = edge + (width - 2 * edge) * k / max(len(numbers) - 1, 1)
+            spots.append((across, top + height - edge - (height - 2.5 * edge) * part))
+        draw.line(spots, (31, 91, 158), 2 * scale)
+        for u, v in spots:
+            draw.ellipse((u - 3 * scale, v - 3 * scale, u + 3 * scale, v + 3 * scale), fill=(31, 91, 158))
+    return page.resize((size[0], size[1] * len(series)), Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)

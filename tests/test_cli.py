@@ -135,6 +135,18 @@ def test_inspect_and_plan_and_doctor_report(diffx, toy_bundle):
     assert all(works[name] for name in ("ort", "openvino", "torch"))
 
 
+def test_a_plan_is_drawn(diffx, toy_bundle, tmp_path):
+    path = toy_bundle("plain").path
+    status, out, _ = diffx("plan", path, "--sampler", "ddpm", "--guidance-scale", "2", "--out", "plan.png")
+    assert (status, out.splitlines()[-1]) == (0, "wrote plan.png")
+    with Image.open("plan.png") as picture:
+        assert picture.size == (640, 5 * 150)  # sigma, w, x_x, x_d and x_z; ddpm has no history
+        shade = np.asarray(picture.convert("L"), float)[:150]
+    dark = [np.flatnonzero(column < 180) for column in shade[30:, [30, 320, 610]].T]
+    assert np.all(np.diff([rows.mean() for rows in dark]) > 0), "sigma falls from left to right"
+    assert_refused(diffx("plan", path, "--out", "/dev/null/x.png"), "/dev/null")
+
+
 def test_debug_shows_the_traceback(toy_bundle):
     command = [Path(sys.executable).with_name("diffx"), "--debug", "sample", toy_bundle("plain").path, "--steps", "0"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,9 +1,9 @@
-"""``diffx plan``: the table of a sampler, as numbers."""
+"""``diffx plan``: the table of a sampler, as numbers and as a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from diffexport_cli.plan_options import (
     plan_options,
 )
 
+if TYPE_CHECKING:
+    from diffexport.plan import Plan
+
 
 def plan(
     bundle: Annotated[
@@ -32,6 +35,9 @@ def plan(
     eta: Eta = None,
     gam: Gam = None,
     mu: Mu = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a PNG of it: sigma, guidance and the weights of x, D, history and noise.")
+    ] = None,
     list_samplers: Annotated[bool, typer.Option("--list", help="List the samplers instead.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
@@ -53,6 +59,8 @@ def plan(
     opened = Bundle.open(find_bundle(bundle))
     options = plan_options(grid=grid, guidance_interval=guidance_interval, eta=eta, gam=gam, mu=mu)
     table = opened.plan(sampler, steps, guidance_scale, **options)
+    if out is not None:
+        _plot(table, out)
     if json:
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in table.rows.tolist()]
         print_json({"x_scale": table.x_scale, "sigmas": table.sigmas.tolist(), "rows": rows})
@@ -64,3 +72,23 @@ def plan(
     print("  ".join(["row", f"{'sigma':>10}", *(f"{COLUMNS[k]:>10}" for k in shown)]))
     for index, (sigma, row) in enumerate(zip(table.sigmas, table.rows, strict=True)):
         print("  ".join([f"{index:>3}", f"{sigma:10.4g}", *(f"{row[k]:10.4g}" for k in shown)]))
+    if out is not None:
+        print(f"wrote {out}")
+
+
+def _plot(table: Plan, path: Path) -> None:
+    """Sigma on a logarithmic scale, and every column of the update and of guidance that is not 0 throughout."""
+    import numpy as np
+
+    from diffexport.errors import DiffexportError
+    from diffexport.files import replacing_file
+    from diffexport.pictures import panels
+    from diffexport.plan import COLUMNS
+
+    shown = [name for name in ("w", "x_x", "x_d", "x_h", "x_z") if table.rows[:, COLUMNS.index(name)].any()]
+    series = {name: table.rows[:, COLUMNS.index(name)].tolist() for name in shown}
+    try:
+        with replacing_file(path) as work:
+            panels({"log10 sigma": np.log10(table.sigmas).tolist(), **series}).save(work, format="PNG")
+    except OSError as error:
+        raise DiffexportError(f"{path}: cannot be written ({error.strerror or error})") from error
