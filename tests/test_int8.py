@@ -15,6 +15,7 @@ from diffexport.backends.torch import TorchSession
 from diffexport.exporter.quantize import SAMPLES, visited_states
 from diffexport.parity import psnr
 from diffexport.plan import make_plan
+from diffexport.sampler import Sampler
 from diffexport.verification import verify
 from diffexport_reference.checkpoints import load_checkpoint
 
@@ -117,7 +118,7 @@ def test_calibration_sees_the_states_of_the_sampler(toy):
     plan = make_plan(spec, "dpmpp-2m", 6, 2.0)
     feeds = visited_states(TorchSession(module, spec), spec, plan, lambda *_: None)
     seen = []
-    sampler = diffexport.sampler.Sampler(spec, TorchSession(module, spec))
+    sampler = Sampler(spec, TorchSession(module, spec))
     labels = feeds[0]["net.label"][:SAMPLES]
     sampler.sample(labels.tolist(), plan=plan, seed=1, on_state=lambda _row, x, _d: seen.append(x))
     assert len(feeds) == len(plan)
