@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MATRIX = 2048
 STEPS = 20
+_SLOW = 0.1
+"""Seconds of a step from which on a run is compared with its steps once, not three times."""
 
 
 @dataclass(frozen=True)
@@ -289,10 +291,11 @@ def _figure(bundle: Bundle, each: _Running, course: _Course, batch: int, report:
     )
 
 
-def _loop(bundle: Bundle, each: _Running, course: _Course, batch: int, repeats: int = 3) -> float:
+def _loop(bundle: Bundle, each: _Running, course: _Course, batch: int) -> float:
     """A run of 20 steps over 20 single steps of the same session, in turn; the median."""
     sampler = Sampler(bundle.spec, each.session, bundle.manifest.defaults)
     guidance, ratios = probe_guidance(bundle.spec), []
+    repeats = 3 if statistics.median(each.times) < _SLOW else 1
     for _ in range(repeats):
         run = _timed(
             lambda: sampler.sample(num=batch, batch=batch, sampler="ddim", steps=STEPS, guidance_scale=guidance)
