@@ -16,7 +16,6 @@ from PIL import Image
 from refusals import assert_refused
 
 import diffexport
-from diffexport.noise import normal
 from diffexport.parity import LIMITS
 from diffexport.pictures import grid
 from diffexport.samplers import SAMPLERS
@@ -100,24 +99,6 @@ def plans_of(bundle):
     return sorted({name.rpartition(".")[0] for name in bundle.plans() if not name.endswith(".x_scale")} & set(SAMPLERS))
 
 
-def stepped(sampler, plan):
-    """The same images from the step graphs alone, which C++ runs.
-
-    A sampler that tells its session the rows has it compute their conditions ahead, by graphs that round otherwise.
-    """
-    images = []
-    for first in (5, 7, 9):
-        indices = range(first, min(first + 2, 10))
-        start, *draws = normal(2**40 + 3, indices, range(1 + len(plan)), sampler.spec.shape)
-        labels = np.arange(5) % sampler.spec.num_classes if sampler.spec.conditional else None
-        part = None if labels is None else labels[first - 5 : first - 5 + len(indices)]
-        sampler.session.begin(np.float32(plan.x_scale) * start, part)
-        for row, z in zip(plan.rows.astype(np.float32), draws, strict=True):
-            sampler.session.step(row, z)
-        images.append(sampler.session.state()[0])
-    return np.concatenate(images)
-
-
 def assert_same_images(cpp, bundle, folder, steps, backend="ort"):
     """Every sampler, with guidance where the model allows it: C++ and Python agree to 1e-5."""
     names = plans_of(bundle)
@@ -128,11 +109,7 @@ def assert_same_images(cpp, bundle, folder, steps, backend="ort"):
     with bundle.sampler(backend, threads=1) as sampler:
         for name, found in zip(names, drawn, strict=True):
             options = {"sampler": name, "steps": steps, "guidance_scale": scale}
-            plan = bundle.plan(**options)
-            if bundle.manifest.precision == "fp32":
-                expected = sampler.sample(num=5, batch=2, seed=2**40 + 3, first=5, plan=plan)
-            else:
-                expected = stepped(sampler, plan)
+            expected = sampler.sample(num=5, batch=2, seed=2**40 + 3, first=5, **options)
             if sampler.decoder is not None:
                 expected = sampler.decode(expected)
             expected = expected.reshape(5, -1)

@@ -75,7 +75,7 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Seque
         "denoiser": denoiser_graph(network, spec),
         "sampler": sampler_graph(network, spec),
     }
-    condition = cut_at(network, CONDITION)
+    condition = None if precision in HALF else cut_at(network, CONDITION)  # cut elsewhere, half rounds elsewhere
     if condition:
         graphs["conditioning"] = conditioning_graph(network, spec, condition)
         graphs["step_conditioned"] = step_graph(network, spec, guided=True, condition=condition)

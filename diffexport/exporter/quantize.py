@@ -237,7 +237,7 @@ def _ranges(path: Path, feeds: list[Tensors], progress: Progress) -> Any:
         def __init__(self) -> None:
             self.rest = iter(enumerate(feeds))
 
-        def get_next(self) -> Tensors | None:
+        def get_next(self) -> Any:
             index, feed = next(self.rest, (0, None))
             progress("calibrating", index / len(feeds))
             return feed
