@@ -147,7 +147,7 @@ def test_diffx_sample_takes_the_words_of_diffx_sample(cpp, diffx, toy_bundle):
 
 def test_the_example_of_the_documentation_compiles_and_runs(cpp, family_bundle):
     source = (ROOT / "cpp" / "tests" / "ten_lines.cpp").read_text()
-    example = [line for line in source.splitlines() if line.startswith("    ") and "printf" not in line]
+    example = re.findall(r"^    (?!std::printf)\S.*$", source, re.MULTILINE)
     assert re.search(r"//     diffx::Bundle", (ROOT / "cpp" / "include" / "diffx.hpp").read_text())
     assert len(example) == 3
     bundle = family_bundle("DiT")

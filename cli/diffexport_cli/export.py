@@ -128,7 +128,7 @@ def export(
                 sampler=sampler or default_sampler(found.spec),
                 steps=steps,
                 guidance_scale=guidance_scale,
-                batch=min(8, max_batch),
+                batch=max(1, min(8, max_batch)),
             ),
             plans=plan or (),
             allow_mismatch=allow_mismatch,

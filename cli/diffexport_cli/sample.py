@@ -156,7 +156,7 @@ def sample(
     given |= {"allow_fallback": allow_fallback, "cuda_graph": cuda_graph}
     why = None
     if backend is None:
-        backend, why = _chosen(opened, checkpoint is not None or vae is not None, given)
+        backend, why = _chosen(opened, checkpoint is not None, given)
     settings = _backend_options(opened.spec, backend, checkpoint, vae, selftest=selftest, **given)
     with progress_bar("sampling") as progress, opened.sampler(backend, **settings) as s:
         started, kept = time.perf_counter(), 0
@@ -286,7 +286,7 @@ def _chosen(bundle: Bundle, with_modules: bool, given: dict[str, Any]) -> tuple[
     from diffexport.choice import choose
 
     if with_modules:
-        return "torch", "--checkpoint and --vae name PyTorch modules"
+        return "torch", "--checkpoint names a PyTorch module"
     with progress_bar("choosing a backend"):
         choice = choose(bundle, [name for name, value in given.items() if value is not None])
     return choice.backend, choice.why

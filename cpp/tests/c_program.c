@@ -50,7 +50,7 @@ int main(int words, char** word) {
     const int64_t labels[] = {3, 1, 4};
     diffx_request_init(&request, sizeof request);
     request.labels = labels, request.num_labels = request.num = 3;
-    request.sampler = "ddpm", request.steps = 10, request.seed = 7, request.guidance_scale = 2.0;
+    request.sampler = "ddpm", request.steps = 10, request.seed = 7, request.guidance_scale = 2.0, request.batch = 3;
     request.on_step = count, request.user = &seen;
     expect(diffx_sample(sampler, &request, images, 3 * size - 1), DIFFX_SHAPE_ERROR, "there is room for");
     expect(diffx_sample(sampler, &request, images, 3 * size), DIFFX_OK, NULL);
