@@ -1,5 +1,6 @@
 """Real engines, built by TensorRT for RTX on a machine without a GPU."""
 
+import functools
 import json
 import os
 import shutil
@@ -239,7 +240,10 @@ def test_a_killed_build_leaves_nothing(copy, seconds):
 
 def test_an_interrupt_ends_the_build_at_once(copy):
     before = sorted((copy.path / "engines").iterdir())
-    process, _ = _started(copy, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = functools.partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job is deaf
+    process, _ = _started(copy, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
