@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from refusals import assert_refused
@@ -190,3 +191,23 @@ def test_safetensors_with_prefixes_are_read(diffx, tmp_path):
     assert status == 0
     assert "module." in out
     assert diffx("verify", "dit.diffx", "--against", DIGITS)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["plain", "points"])
+def test_large_weights_belong_to_the_outermost_graph_of_the_loop(toy, toy_bundle, tmp_path, monkeypatch, name):
+    """Where they are held once; the loop gives what it gives with the weights in its branches."""
+    from diffexport.exporter import compose
+
+    small = toy_bundle(name)
+    monkeypatch.setattr(compose, "LARGE", 1)
+    large = diffexport.export(*toy(name), tmp_path / "large.diffx", max_batch=4)
+    held = []
+    for bundle in (large, small):
+        graph = onnx.load(bundle.graph("sampler"), load_external_data=False).graph
+        held.append({weight.name for weight in graph.initializer if weight.name.startswith("net.")})
+    assert held[0]
+    assert not held[1]
+    found, expected = (
+        bundle.sampler("ort").sample(num=3, steps=4, sampler="ddpm", one_call=True) for bundle in (large, small)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffexport.backends.onnxruntime import LARGE
 from diffexport.bundle import HALF, WEIGHTS, Precision
 from diffexport.exporter.graphs import conditioning_graph, decoder_graph, denoiser_graph, step_graph
 from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
@@ -69,11 +70,12 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Seque
 
     spec, network = traced.spec, written(traced.network)
     take_batch_from_noise(network)
+    large = (folder / WEIGHTS).stat().st_size >= LARGE
     graphs = {
         "step": step_graph(network, spec, guided=True),
         "step_plain": step_graph(network, spec, guided=False),
         "denoiser": denoiser_graph(network, spec),
-        "sampler": sampler_graph(network, spec),
+        "sampler": sampler_graph(network, spec, shared=large),
     }
     condition = None if precision in HALF else cut_at(network, CONDITION)  # cut elsewhere, half rounds elsewhere
     if condition:
@@ -84,7 +86,7 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Seque
         model, decoder_spec = traced.decoder
         decoder = written(model)
         graphs["decoder"] = decoder_graph(decoder, decoder_spec, spec.shape[0])
-        graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoder, decoder_spec)
+        graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoder, decoder_spec, shared=large)
     for name, graph in graphs.items():
         if precision == "int8":  # from opset 21 on, ONNX Runtime 1.31 moves Q/DQ pairs and gives them two types at once
             graph.opset_import[0].version = TRACED_OPSET
