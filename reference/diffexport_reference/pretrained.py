@@ -25,16 +25,13 @@ from diffexport.schedules import DEFAULT_SCHEDULES, schedule_sigmas
 from diffexport.spec import ModelSpec
 from diffexport_reference.facts import SPEC_FLAGS, Facts, check_flags, facts_beside, guided
 from diffexport_reference.scheduler import PROCESS, scheduler_facts
-from diffexport_reference.weights import check_names, read_content, sound_state
+from diffexport_reference.weights import DEPRECATED, check_names, read_content, sound_state
 
 Json = dict[str, Any]
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 STEM = "diffusion_pytorch_model"
 """What diffusers calls a file of weights, before its variant and suffix."""
-
-DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Attention of the first releases, which the published DDPMs still have, by what diffusers calls it now."""
 
 
 class Network(nn.Module):

@@ -21,16 +21,13 @@ from diffexport.errors import CheckpointError, SpecError
 from diffexport.files import read_regular
 from diffexport.spec import DecoderSpec
 from diffexport_reference.families import Shapes
-from diffexport_reference.weights import check_names, read_content, sound_state
+from diffexport_reference.weights import DEPRECATED, check_names, read_content, sound_state
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 TILE = 512
 """Pixels; an image of this side takes 1.5 GB to decode whole with the widths of Stable Diffusion, and four times the
 pixels take four times that, attention sixteen times."""
-
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Attention's layers before diffusers 0.12; published files have either."""
 
 
 class _Config(msgspec.Struct, frozen=True):
@@ -252,7 +249,7 @@ def _decoder_state(content: dict[str, Any]) -> dict[str, Any]:
             continue
         parts = name.split(".")
         if "attentions" in parts:
-            parts[-2] = _OLD_NAMES.get(parts[-2], parts[-2])
+            parts[-2] = DEPRECATED.get(parts[-2], parts[-2])
             if isinstance(value, Tensor) and value.ndim == 4:
                 value = value.flatten(1)
         state[".".join(parts)] = value

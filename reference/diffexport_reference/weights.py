@@ -21,6 +21,9 @@ from diffexport.errors import CheckpointError, SpecError
 
 State = dict[str, Tensor]
 
+DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Attention of diffusers' first releases, which published files still have, by what diffusers calls it now."""
+
 PREFIXES = ("module.", "ema_model.", "_orig_mod.")
 """What DistributedDataParallel, averaging and torch.compile put before every name."""
 
