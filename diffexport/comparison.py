@@ -54,7 +54,8 @@ class Scope:
     The whole comparison, every step and a run with guidance at every batch, takes minutes for a DiT of 33 M parameters on
     two cores. A narrowed one covers a guided step at every noise level and the bundle's default run at the smallest batch,
     and one guided step at the larger ones, which repeat four samples, so that PyTorch computes only these. A brief one, of
-    models whose every evaluation takes seconds, has batches of 1 and 2 and a run of four steps.
+    models whose every evaluation takes seconds, has batches of 1 and 2, a run of four steps, and leaves every second noise
+    level to the denoiser graph, which has them all.
     """
 
     batches: tuple[int, ...]
@@ -62,11 +63,16 @@ class Scope:
     steps: int | None = None
     """Of the run that is compared, at most; None for those of the bundle's default run."""
 
+    @property
+    def brief(self) -> bool:
+        return self.steps is not None
+
     def batches_of_steps(self, level: int, *, guided: bool) -> tuple[int, ...]:
         middle = level == LEVELS // 2
         if self.whole or (guided and middle):
             return self.batches
-        return self.batches[:1] if guided or middle else ()
+        left_out = self.brief and level % 2
+        return self.batches[:1] if (guided and not left_out) or middle else ()
 
     @property
     def batches_of_runs(self) -> tuple[int, ...]:
@@ -145,7 +151,7 @@ def compare(
     for index, job in enumerate(jobs):
         if progress is not None:
             progress(f"comparing with PyTorch: {job.name}", sum(costs[:index]) / sum(costs))
-        distinct = sorted({sample for batch in job.batches for sample in scope.samples(batch)})
+        distinct = sorted({0, *(sample for batch in job.batches for sample in scope.samples(batch))})
         expected = job.run(reference, distinct)
         if job.kind == "guided":
             result.denoised.append(expected[0][:1])
@@ -164,7 +170,7 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
     for k, sigma in enumerate(map(float, levels)):
         for kind, weight in (("guided", w), ("plain", 1.0)):
             batches = scope.batches_of_steps(k, guided=kind == "guided")
-            if not batches or (kind == "plain" and not spec.guidable):
+            if kind == "plain" and not (spec.guidable and batches):
                 continue
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
             name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.guidable else "")
@@ -203,7 +209,7 @@ def _updating(
     """One row with history and noise, both results; ``ahead``: the session is told of the row when it begins."""
 
     def run(session: Session, samples: list[int]) -> tuple[Array, Array]:
-        start = probe_state(spec, sigma, LEVELS, samples)
+        start = probe_state(spec, sigma, LEVELS // 2, samples)
         session.begin(start.x, start.label, start.h, row[None] if ahead else None)
         session.step(row, start.z)
         return session.state()
@@ -231,7 +237,7 @@ def check_decoder(
         found = candidate.decode(comparison.final[:batch])
         results.append(measure_step("decoder", found, expected[:batch], precision))
     level = float(probe_levels(spec)[-1])
-    start = probe_state(spec, level, LEVELS + 2, [0])
+    start = probe_state(spec, level, LEVELS - 1, [0])
     feeds = start.x, start.label, mixing_row(spec, level, probe_guidance(spec))[None], start.z[None]
     for name, found, wanted in zip(
         ("latents", "image"), candidate.run_decoded(*feeds), reference.run_decoded(*feeds), strict=True

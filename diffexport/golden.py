@@ -34,11 +34,18 @@ Array = NDArray[np.float32]
 
 MAX_BATCH = 10
 MAX_NUMBERS = 1 << 13
-"""Samples of a case times their numbers; at least two samples are kept whatever their size."""
+"""Samples of a case times their numbers; at least two samples are kept whatever their size, of brief cases one."""
 
 
 def golden_cases(
-    reference: Session, spec: ModelSpec, plan: Plan, final: Array, denoised: Array, *, decoded: bool = False
+    reference: Session,
+    spec: ModelSpec,
+    plan: Plan,
+    final: Array,
+    denoised: Array,
+    *,
+    decoded: bool = False,
+    brief: bool = False,
 ) -> Tensors:
     """Recorded inputs and PyTorch's outputs, small enough to travel with the bundle.
 
@@ -54,18 +61,19 @@ def golden_cases(
         final: PyTorch's final samples of it, of which the first two are kept; see ``Comparison``.
         denoised: PyTorch's D of what ``probe_denoiser`` gives.
         decoded: whether the reference has a decoder.
+        brief: one sample a case, of models whose every evaluation takes seconds.
     """
-    batch = _batch(spec)
+    batch = 1 if brief else _batch(spec)
     cases: Tensors = {}
     for k, (sigma, w) in enumerate(_steps(spec)):
-        start = probe_state(spec, sigma, k, range(k, k + batch))  # other labels in every step
+        start = probe_state(spec, sigma, 2 * k, range(k, k + batch))  # other labels in every step
         row = mixing_row(spec, sigma, w)
         reference.begin(start.x, start.label, start.h)
         reference.step(row, start.z)
         x_next, h_next = reference.state()
         case = {"x": start.x, "h": start.h, "z": start.z, "row": row, "x_next": x_next, "h_next": h_next}
         cases.update(_named(f"step.{k}", case, start.label))
-    loop = probe_loop(spec, range(2))
+    loop = probe_loop(spec, range(min(batch, 2)))
     looped = reference.run(loop.x, loop.label, loop.rows, loop.noise)
     case = {"x": loop.x, "rows": loop.rows, "noise": loop.noise, "x_next": looped}
     cases.update(_named("loop", case, loop.label))
@@ -221,15 +229,16 @@ def check_other_graphs(
 
 def check_cases(spec: ModelSpec, cases: Tensors, decoder: DecoderSpec | None = None) -> None:
     """Raise BundleError unless the cases have the shapes, labels and rows that this model's have."""
-    steps, batch = _steps(spec), _batch(spec)
-    runs = len(cases["run.x"]) if "run.x" in cases and cases["run.x"].ndim else 0
+    steps, looped = _steps(spec), min(_samples(cases, "loop.x"), 2)
+    batch = 1 if looped == 1 else _batch(spec)  # brief
     samples = {f"step.{k}": range(k, k + batch) for k in range(len(steps))}
-    samples |= {"loop": range(2), "run": range(min(max(runs, 1), 2))}  # one of large models, whose runs are at batch 1
+    samples |= {"loop": range(looped), "run": range(min(_samples(cases, "run.x"), 2))}
     shapes: dict[str, tuple[int, ...]] = {f"{case}.x": (len(indices), *spec.shape) for case, indices in samples.items()}
     for k in range(len(steps)):
         shapes |= {f"step.{k}.{name}": (batch, *spec.shape) for name in ("h", "z", "x_next", "h_next")}
         shapes[f"step.{k}.row"] = (len(COLUMNS),)
-    shapes |= {"loop.x_next": (2, *spec.shape), "loop.noise": (2, 2, *spec.shape), "loop.rows": (2, len(COLUMNS))}
+    shapes |= {"loop.x_next": (looped, *spec.shape), "loop.rows": (2, len(COLUMNS))}
+    shapes["loop.noise"] = (2, looped, *spec.shape)
     shapes |= {f"denoiser.{name}": (LEVELS, *spec.shape) for name in ("x", "denoised")}
     shapes["run.x_scale"] = (1,)
     if decoder is not None:
@@ -250,6 +259,11 @@ def check_cases(spec: ModelSpec, cases: Tensors, decoder: DecoderSpec | None = N
         _check_case(cases, name, value.shape, value.dtype)
         if not np.allclose(cases[name], value, rtol=1e-5, atol=1e-6):
             raise BundleError(f"golden case {name} is not that of the model in the manifest; export the model again")
+
+
+def _samples(cases: Tensors, name: str) -> int:
+    """How many samples a case has, at least 1."""
+    return max(1, len(cases[name])) if name in cases and cases[name].ndim else 1
 
 
 def _check_case(cases: Tensors, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

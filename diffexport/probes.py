@@ -54,7 +54,10 @@ class State:
 
 
 def probe_state(spec: ModelSpec, sigma: float, draw: int, samples: Sequence[int]) -> State:
-    """Noise of the variance that data has at ``sigma``; a sample's numbers depend on its index and the draw alone."""
+    """Noise of the variance that data has at ``sigma``; a sample's numbers depend on its index and the draw alone.
+
+    A check at the K-th of ``probe_levels`` takes draw K, so that checks of a level share what PyTorch computes for it.
+    """
     x, h, z = normal(SEED, samples, [draw, draw + 100, draw + 200], spec.shape)
     return State(np.float32(math.hypot(1.0, sigma)) * x, h, z, probe_labels(spec, samples))
 
@@ -103,7 +106,7 @@ class Loop:
 def probe_loop(spec: ModelSpec, samples: Sequence[int]) -> Loop:
     """The loop's inputs for some samples: x (B, *shape), noise (2, B, *shape)."""
     levels = probe_levels(spec)
-    start = probe_state(spec, float(levels[1]), LEVELS + 1, samples)
+    start = probe_state(spec, float(levels[1]), 1, samples)
     weights = ((1, probe_guidance(spec)), (2, 1.0))
     rows = np.stack([mixing_row(spec, float(levels[k]), weight) for k, weight in weights])
     return Loop(start.x, start.label, rows, np.stack([start.z, start.h]))

@@ -227,7 +227,7 @@ def _against(
     session = open_session(bundle, "ort")
     try:
         pair = (decoder, manifest.decoder) if decoder is not None and manifest.decoder is not None else None
-        reference = TorchSession(module, spec, pair)
+        reference = TorchSession(module, spec, pair, remembers=True)
         compared = compare(reference, session, spec, manifest.precision, scope, manifest.defaults, progress)
         if pair is not None:
             compared.measurements += check_decoder(reference, session, spec, compared, manifest.precision)

@@ -171,6 +171,7 @@ class OnnxRuntimeSession(HostSession):
 
     Args:
         digest: of the bundle, under which optimized graphs are cached; None for no cache.
+        takes_turns: compute conditions ahead of large weights too, whose graphs then take turns.
     """
 
     backend = "ort"
@@ -183,9 +184,10 @@ class OnnxRuntimeSession(HostSession):
         threads: int | None = None,
         digest: str | None = None,
         rounded: bool = False,
+        takes_turns: bool = False,
     ) -> None:
         super().__init__(spec, folder)
-        self._computes_ahead &= not _is_large(folder)  # or the graphs of conditions and of steps would take turns
+        self._computes_ahead &= takes_turns or not _is_large(folder)
         self._threads = threads
         self._digest = digest
         self._rounded = rounded

@@ -6,7 +6,9 @@ comparison of the two checks both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +21,11 @@ from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     from diffexport.bundle import Bundle
+
+Module = Callable[..., torch.Tensor]
+
+REMEMBERED = 1 << 28
+"""Bytes of results that a session keeps at most, where it remembers them."""
 
 
 def open_session(
@@ -34,18 +41,29 @@ def open_session(
 
 
 class TorchSession:
-    """A module stepped by the definition; see ``Session``."""
+    """A module stepped by the definition; see ``Session``.
+
+    Args:
+        remembers: compute each distinct sample once, however many checks ask for it.
+    """
 
     backend = "torch"
     device = "CPU"
     max_batch: int | None = None
 
     def __init__(
-        self, module: torch.nn.Module, spec: ModelSpec, decoder: tuple[torch.nn.Module, DecoderSpec] | None = None
+        self,
+        module: torch.nn.Module,
+        spec: ModelSpec,
+        decoder: tuple[torch.nn.Module, DecoderSpec] | None = None,
+        *,
+        remembers: bool = False,
     ) -> None:
-        self._network = module.eval()
+        self._network: Module = _Remembering(module.eval()) if remembers else module.eval()
         self._spec = spec
-        self._decoder = decoder
+        self._decoder: tuple[Module, DecoderSpec] | None = decoder
+        if decoder is not None and remembers:
+            self._decoder = _Remembering(decoder[0].eval()), decoder[1]
         self._x = self._h = torch.empty(0)
         self._label: torch.Tensor | None = None
 
@@ -86,19 +104,15 @@ class TorchSession:
         x_in = r["c_in"] * x
         c_noise = r["c_noise"].expand(len(x))
         if self._label is None:
-            return self._call(x_in, c_noise)
-        cond = self._call(x_in, c_noise, self._label)
+            return self._network(x_in, c_noise)
+        cond = self._network(x_in, c_noise, self._label)
         if r["w"] == 1:
             return cond
         null = torch.full_like(self._label, self._spec.null_label)
-        uncond = self._call(x_in, c_noise, null)
+        uncond = self._network(x_in, c_noise, null)
         guided = self._spec.guided_channels or self._spec.shape[0]
         mixed = uncond[:, :guided] + r["w"] * (cond[:, :guided] - uncond[:, :guided])
         return torch.cat([mixed, cond[:, guided:]], dim=1)
-
-    def _call(self, *args: Any) -> torch.Tensor:
-        out: torch.Tensor = self._network(*args)
-        return out
 
     def run(self, x: Array, label: NDArray[np.int64] | None, rows: Array, noise: Array) -> Array:
         kept = self._x, self._h, self._label
@@ -126,3 +140,31 @@ class TorchSession:
 
     def close(self) -> None:
         self._x = self._h = torch.empty(0)
+
+
+class _Remembering:
+    """A module that computes each distinct sample once; arguments and result are tensors whose first axis is the batch."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.known: dict[bytes, torch.Tensor] = {}
+        self.room = REMEMBERED
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+        keys = [_digest([arg[sample] for arg in args]) for sample in range(len(args[0]))]
+        new = [sample for sample, key in enumerate(keys) if key not in self.known]
+        made: dict[bytes, torch.Tensor] = {}
+        if new:
+            out = self.module(*(arg[new] for arg in args))
+            made = dict(zip((keys[sample] for sample in new), out, strict=True))
+            if out.nbytes <= self.room:
+                self.room -= out.nbytes
+                self.known |= made
+        return torch.stack([made[key] if key in made else self.known[key] for key in keys])
+
+
+def _digest(parts: Sequence[torch.Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.contiguous().numpy().tobytes())
+    return digest.digest()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from diffexport.bundle import (
     CERTIFICATE,
@@ -34,10 +33,9 @@ from diffexport.bundle import (
     write_json,
     write_tensors,
 )
-from diffexport.comparison import Progress, check_decoder, check_denoiser, compare, scope_of
+from diffexport.comparison import Progress, scope_of
 from diffexport.errors import ExportError, ParityError
 from diffexport.files import replacing_folder
-from diffexport.golden import golden_cases
 from diffexport.parity import check
 from diffexport.plan import default_sampler, ready_plans
 from diffexport.spec import DecoderSpec, ModelSpec
@@ -102,6 +100,8 @@ def export(
         ExportError: the module cannot be traced, or the bundle cannot be written, for one because the disk lacks room.
         ParityError: the bundle differs from the module by more than its precision allows.
     """
+    from diffexport.backends.torch import TorchSession
+    from diffexport.exporter.certify import Certifier
     from diffexport.exporter.compose import write_graphs
     from diffexport.exporter.forecast import check_disk, forecast
     from diffexport.probes import default_plan
@@ -130,6 +130,9 @@ def export(
         report("tracing the network", 0.0)
         return _trace(module, spec, decoder)
 
+    scope = scope_of(parameters_of(module), defaults.batch, max_batch, thorough)
+    reference = TorchSession(module, spec, decoder, remembers=True)
+    certifier = Certifier(reference, spec, decoder is not None, precision, scope, defaults, report)
     graphs: list[str] = []
     keep, auto = tuple(pattern for pattern in keep_fp32 if pattern != AUTO), AUTO in keep_fp32
     try:
@@ -137,7 +140,7 @@ def export(
 
             def attempt(trace: Callable[[], Traced], layers: Sequence[str]) -> Certificate:
                 graphs[:] = write_graphs(trace(), work, precision, layers)
-                return _certify(module, spec, decoder, work, precision, max_batch, defaults, thorough, report)
+                return certifier.certify(work)
 
             if precision == "int8":
                 plan = default_plan(spec, defaults, guided=True)
@@ -263,48 +266,6 @@ def _advice(spilled: Traced, precision: Precision) -> str:
 
 def _entry_of_decoder(module: torch.nn.Module, spec: DecoderSpec) -> Decoder:
     return Decoder(**msgspec.structs.asdict(spec), parameters=parameters_of(module), source=weights_digest(module))
-
-
-def _certify(
-    module: torch.nn.Module,
-    spec: ModelSpec,
-    decoder: tuple[torch.nn.Module, DecoderSpec] | None,
-    work: Path,
-    precision: Precision,
-    max_batch: int,
-    defaults: Defaults,
-    thorough: bool | None,
-    report: Progress,
-) -> Certificate:
-    """Compare the graphs just written with the module, every half value rounded, and record the golden cases."""
-    from diffexport.backends.onnxruntime import OnnxRuntimeSession
-    from diffexport.backends.torch import TorchSession
-
-    reference, candidate = (
-        TorchSession(module, spec, decoder),
-        OnnxRuntimeSession(spec, work, rounded=precision in HALF),
-    )
-    scope = scope_of(parameters_of(module), defaults.batch, max_batch, thorough)
-    comparison = compare(
-        reference, candidate, spec, precision, scope, defaults, lambda what, part: report(what, 0.4 + 0.5 * part)
-    )
-    measurements = list(comparison.measurements)
-    if decoder is not None:
-        report("comparing with PyTorch: decoder", 0.9)
-        measurements += check_decoder(reference, candidate, spec, comparison, precision)
-    candidate.close()
-    report("recording golden cases", 0.95)
-    denoised = np.concatenate(comparison.denoised)
-    cases = golden_cases(reference, spec, comparison.plan, comparison.final, denoised, decoded=decoder is not None)
-    write_tensors(work / GOLDEN, cases)
-    measurements.append(check_denoiser(work / "denoiser.onnx", spec, comparison, precision))
-    return Certificate(
-        manifest_sha256="",
-        backend="ort",
-        precision=precision,
-        passed=all(m.passed for m in measurements),
-        measurements=measurements,
-    )
 
 
 def _refuse(certificate: Certificate, advice: str) -> None:
