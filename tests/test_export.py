@@ -15,9 +15,12 @@ from refusals import assert_refused
 from safetensors.torch import save_file
 
 import diffexport
+from diffexport import comparison
+from diffexport.backends import onnxruntime as onnxruntime_backend
 from diffexport.exporter.forecast import forecast
 from diffexport.schedules import DEFAULT_SCHEDULES
 from diffexport.spec import ModelSpec
+from diffexport.verification import verify
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "models" / "digits.pt"
@@ -152,6 +155,35 @@ def test_the_data_itself_is_a_model_whose_answer_is_known(diffx, tmp_path):
     x = np.load("x.npz")["x"]
     distances = np.abs(x[:, None] - data[None]).max((2, 3, 4)).min(1)
     assert distances.max() < 1e-2
+
+
+class Counting(torch.nn.Module):
+    """Another module, noting how many samples it was asked for."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.samples = []
+
+    def forward(self, x, c_noise, label):
+        if not torch.compiler.is_compiling():
+            self.samples += [x[k].numpy().tobytes() for k in range(len(x))]
+        return self.module(x, c_noise, label)
+
+
+def test_of_a_slow_model_pytorch_computes_little_and_nothing_twice(toy, tmp_path, monkeypatch):
+    """Guided D at five levels, one more sample, a plain row of the loop, four steps and one golden case."""
+    network, spec = toy("plain")
+    monkeypatch.setattr(comparison, "VAST_PARAMETERS", 0)
+    monkeypatch.setattr(onnxruntime_backend, "LARGE", 0)
+    counting = Counting(network).eval()
+    bundle = diffexport.export(counting, spec, tmp_path / "a.diffx", max_batch=2)
+    assert len(counting.samples) == 5 * 2 + 2 + 1 + 4 + 2
+    assert {len(bundle.golden()[name]) for name in ("step.0.x", "loop.x", "run.x")} == {1}
+    assert all(finding.passed for finding in verify(bundle.path, ["ort", "openvino"]))
+    batches = {m.check: m.batch for m in bundle.certificate().measurements}
+    assert {name: batches[name] for name in batches if "4 steps" in name} == {"dpmpp-2m, 4 steps, guidance 1": 1}
+    assert max(batches.values()) == 5
 
 
 class Large(torch.nn.Module):

@@ -117,10 +117,13 @@ def _traced(
                 optimize=False,
                 verbose=False,
             )
-    except Exception as error:  # the exporter raises what its many stages raise
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # the exporter raises what its many stages raise, around what went wrong first
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = str(first).strip().splitlines()
         raise ExportError(
-            f"{what}: PyTorch cannot trace this module ({type(error).__name__}: {reason[0] if reason else ''})"
+            f"{what}: PyTorch cannot trace this module ({type(first).__name__}: {reason[0] if reason else ''})"
         ) from error
     assert program is not None
     model = program.model
