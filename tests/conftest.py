@@ -174,3 +174,13 @@ def diffx(capsys, monkeypatch, tmp_path):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cpp():
+    """The C++ runtime; see ``cpp_build.Built``."""
+    from cpp_build import Built
+
+    built = Built()
+    built.build()
+    return built

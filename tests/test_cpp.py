@@ -1,17 +1,13 @@
 """The C++ runtime: built with CMake, run as its users run it, and held to the Python runtime number by number."""
 
-import fcntl
-import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
+from cpp_build import ROOT
 from PIL import Image
 from refusals import assert_refused
 
@@ -20,58 +16,18 @@ from diffexport.parity import LIMITS
 from diffexport.pictures import grid
 from diffexport.samplers import SAMPLERS
 
-ROOT = Path(__file__).parent.parent
 ORACLES = ROOT / "tests" / "oracles"
-OPENVINO = Path(importlib.util.find_spec("openvino").submodule_search_locations[0])
-
-
-class Built:
-    """The C++ runtime as built for the tests, with the runtimes of this Python environment."""
-
-    def __init__(self):
-        self.folder = ROOT / "build" / "cpp"
-        self.environment = os.environ | {
-            "DIFFX_ONNXRUNTIME_LIBRARY": str(
-                next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
-            ),
-            "DIFFX_OPENVINO_LIBRARY": str(next((OPENVINO / "libs").glob("libopenvino_c.so.*"))),
-        }
-
-    def build(self):
-        """Configure and build what changed; several test processes take turns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            subprocess.run([ROOT / "scripts" / "setup-cpp"], check=True)
-            configure = ["cmake", "-S", ROOT / "cpp", "-B", self.folder, "-G", "Ninja"]
-            options = ["DIFFX_TESTS=ON", "DIFFX_WERROR=ON", "DIFFX_OPENVINO=ON", f"OpenVINO_ROOT={OPENVINO}"]
-            options.append(f"onnxruntime_ROOT={ROOT / 'build' / 'onnxruntime'}")
-            for command in ([*configure, *(f"-D{option}" for option in options)], ["ninja", "-C", self.folder]):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                assert done.returncode == 0, done.stdout + done.stderr
-
-    def run(self, name, *words, check=True, environment=None):
-        """Run a program of the build; its exit status has to be 0 where ``check``."""
-        command = [self.folder / name, *map(str, words)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=self.environment | (environment or {})
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done
-
-
-@pytest.fixture(scope="session")
-def cpp():
-    built = Built()
-    built.build()
-    return built
 
 
 FAMILIES = {  # checkpoints of every family of models, with what a state dict does not tell
-    "DiT": ("sd_dit_cond", {"heads": 2, "prediction": "v", "scaled": True, "schedule": "ddpm"}),
-    "U-Net": ("sd_unet_cond", {"image_size": 12, "prediction": "eps", "scaled": True, "schedule": "ddpm"}),
-    "MLP": ("sd_mlp_cond", {"prediction": "eps", "scaled": False, "schedule": "loglinear"}),
-    "official DiT": ("official_dit", {"heads": 4}),
+    "digits": (ROOT / "models" / "digits.pt", {}),
+    "DiT": (ORACLES / "sd_dit_cond.safetensors", {"heads": 2, "prediction": "v", "scaled": True, "schedule": "ddpm"}),
+    "U-Net": (
+        ORACLES / "sd_unet_cond.safetensors",
+        {"image_size": 12, "prediction": "eps", "scaled": True, "schedule": "ddpm"},
+    ),
+    "MLP": (ORACLES / "sd_mlp_cond.safetensors", {"prediction": "eps", "scaled": False, "schedule": "loglinear"}),
+    "official DiT": (ORACLES / "official_dit.safetensors", {"heads": 4}),
 }
 
 
@@ -84,8 +40,8 @@ def family_bundle(tmp_path_factory):
     def make(name, precision="fp32"):
         if (name, precision) not in made:
             weights, facts = FAMILIES[name]
-            module, spec = load_checkpoint(ORACLES / f"{weights}.safetensors", **facts)
-            out = tmp_path_factory.mktemp("families") / f"{weights}.diffx"
+            module, spec = load_checkpoint(weights, **facts)
+            out = tmp_path_factory.mktemp("families") / f"{weights.stem}.diffx"
             made[name, precision] = diffexport.export(
                 module, spec, out, precision=precision, max_batch=2, thorough=False
             )
@@ -126,7 +82,10 @@ def test_every_sampler_gives_the_images_of_python(cpp, toy_bundle, tmp_path, nam
     assert_same_images(cpp, toy_bundle(name), tmp_path, 10)
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("fp32", "ort"), ("fp16", "ort"), ("fp32", "openvino")])
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [("fp32", "ort"), ("fp16", "ort"), ("fp32", "openvino"), ("fp16", "openvino"), ("bf16", "openvino")],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name, precision, backend):
     assert_same_images(cpp, family_bundle(name, precision), tmp_path, 5, backend)

@@ -51,6 +51,9 @@ typedef struct diffx_options {
     size_t size;     /* sizeof(diffx_options) */
     int32_t threads; /* threads of one operator on a CPU; 0: every core that this process may use */
     int32_t device;  /* index of the GPU */
+    int32_t
+        selftest; /* golden cases before the first sample: 0 where a backend compiles for a GPU; 1 always; -1 never */
+    int32_t cuda_graph; /* launch a step of TensorRT as one CUDA graph: 0 yes; -1 no */
 } diffx_options;
 
 /* Load the graphs on a backend: "ort", "ort-cuda", "openvino", "trt", "trt-rtx". options may be NULL. */
@@ -77,7 +80,8 @@ typedef struct diffx_request {
 
 /* Everything at its default, for one image; size is the caller's sizeof(diffx_request). */
 DIFFX_API void diffx_request_init(diffx_request* request, size_t size);
-/* Draw images into (num, *shape) floats, of which there is room for capacity. */
+/* Draw images into (num, *shape) floats, of which there is room for capacity. DIFFX_PARITY_ERROR where the golden cases
+ * run before it and differ. */
 DIFFX_API diffx_status diffx_sample(diffx_sampler* sampler, const diffx_request* request, float* images,
                                     size_t capacity);
 

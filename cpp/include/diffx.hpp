@@ -90,7 +90,7 @@ public:
     }
     Sampler sampler(Backend backend, int threads = 0) const { // 0: every core that this process may use
         static constexpr const char* names[] = {"ort", "ort-cuda", "openvino", "trt", "trt-rtx"};
-        return sampler(names[static_cast<int>(backend)], {sizeof(diffx_options), threads, 0});
+        return sampler(names[static_cast<int>(backend)], {sizeof(diffx_options), threads, 0, 0, 0});
     }
     Sampler sampler(const char* backend, const diffx_options& options) const {
         diffx_sampler* handle = nullptr;

@@ -34,6 +34,8 @@ Draw images from a bundle that `diffx export` wrote, without Python. The same se
   --out FILE              the PNG to write [the bundle's name with .png]
   --npy FILE              write the images as an array, (N, C, H, W) float32
   --selftest              run the golden cases of the bundle here and compare; exit status 1 where one differs
+  --no-selftest           on a GPU, do not run them before the first sample
+  --no-cuda-graph         TensorRT: do not launch a step as one captured graph
   --json                  print the result as JSON
   --version, --help
 
@@ -89,6 +91,8 @@ Arguments parse_arguments(int count, char** words) {
         {"out", true, [&](auto, auto value) { found.out = value; }},
         {"npy", true, [&](auto, auto value) { found.npy = value; }},
         {"selftest", false, [&](auto, auto) { found.selftest = true; }},
+        {"no-selftest", false, [&](auto, auto) { found.believed = true; }},
+        {"no-cuda-graph", false, [&](auto, auto) { found.cuda_graph = false; }},
         {"json", false, [&](auto, auto) { found.json = true; }},
         {"help", false, [&](auto, auto) { print(kHelp); }},
         {"version", false,

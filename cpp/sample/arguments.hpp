@@ -23,6 +23,8 @@ struct Arguments {
     std::string out; // PNG
     std::string npy;
     bool selftest = false;
+    bool believed = false; // --no-selftest
+    bool cuda_graph = true;
     bool json = false;
 };
 

@@ -115,7 +115,11 @@ void print_finding(void* json, const diffx_finding* f) {
 void run(Arguments& arguments) {
     const auto started = std::chrono::steady_clock::now();
     const diffx::Bundle bundle(arguments.bundle);
-    const diffx_options options{sizeof options, arguments.threads, arguments.device};
+    const diffx_options options{.size = sizeof options,
+                                .threads = arguments.threads,
+                                .device = arguments.device,
+                                .selftest = arguments.believed || arguments.selftest ? -1 : 0,
+                                .cuda_graph = arguments.cuda_graph ? 0 : -1};
     auto sampler = bundle.sampler(arguments.backend.c_str(), options);
     if (arguments.selftest) {
         diffx::check(diffx_selftest(sampler.get(), print_finding, &arguments.json));

@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "backends/open.hpp"
@@ -14,14 +15,15 @@ struct Entry {
     const char* name;
     const char* component; // the CMake option that builds it in
     std::shared_ptr<Network> (*open)(const Bundle&, const Options&);
+    bool compiles; // for a GPU
 };
 
 constexpr Entry kBackends[] = {
-    {"ort", "DIFFX_ONNXRUNTIME", DIFFX_ONNXRUNTIME ? open_onnxruntime : nullptr},
-    {"ort-cuda", "DIFFX_ONNXRUNTIME", DIFFX_ONNXRUNTIME ? open_onnxruntime_cuda : nullptr},
-    {"openvino", "DIFFX_OPENVINO", DIFFX_OPENVINO ? open_openvino : nullptr},
-    {"trt", "DIFFX_TENSORRT", DIFFX_TENSORRT ? open_tensorrt : nullptr},
-    {"trt-rtx", "DIFFX_TENSORRT", DIFFX_TENSORRT ? open_tensorrt_rtx : nullptr},
+    {"ort", "DIFFX_ONNXRUNTIME", DIFFX_ONNXRUNTIME ? open_onnxruntime : nullptr, false},
+    {"ort-cuda", "DIFFX_ONNXRUNTIME", DIFFX_ONNXRUNTIME ? open_onnxruntime_cuda : nullptr, true},
+    {"openvino", "DIFFX_OPENVINO", DIFFX_OPENVINO ? open_openvino : nullptr, false},
+    {"trt", "DIFFX_TENSORRT", DIFFX_TENSORRT ? open_tensorrt : nullptr, true},
+    {"trt-rtx", "DIFFX_TENSORRT", DIFFX_TENSORRT ? open_tensorrt_rtx : nullptr, true},
 };
 
 } // namespace
@@ -37,6 +39,11 @@ std::shared_ptr<Network> open_network(const Bundle& bundle, const std::string& b
         return entry.open(bundle, options);
     }
     throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': there is none of this name; known: ", known);
+}
+
+bool compiles(const std::string& backend) {
+    const auto* found = std::ranges::find(kBackends, backend, &Entry::name);
+    return found != std::end(kBackends) && found->compiles;
 }
 
 const char* backend_names() {

@@ -8,7 +8,6 @@
 #include "diffx.h"
 #include "error.hpp"
 #include "sampler.hpp"
-#include "selftest.hpp"
 
 struct diffx_bundle {
     std::shared_ptr<const diffx::core::Bundle> bundle;
@@ -109,7 +108,9 @@ diffx_status diffx_sampler_open(diffx_bundle* bundle, const char* backend, const
         if (given.threads < 0 || given.device < 0)
             throw error(DIFFX_BACKEND_ERROR, "threads ", given.threads, ", device ", given.device,
                         ": expected 0 or more");
-        *sampler = new diffx_sampler{Sampler(bundle->bundle, backend, {given.threads, given.device})};
+        const bool tested = given.selftest > 0 || (given.selftest == 0 && compiles(backend));
+        const Options chosen{.threads = given.threads, .device = given.device, .cuda_graph = given.cuda_graph >= 0};
+        *sampler = new diffx_sampler{Sampler(bundle->bundle, backend, chosen, tested)};
     });
 }
 
@@ -153,17 +154,12 @@ diffx_status diffx_selftest(diffx_sampler* sampler, void (*report)(void* user, c
                             void* user) {
     return guarded([&] {
         required(sampler, "sampler");
-        const auto findings = selftest(sampler->sampler);
-        std::size_t failures = 0;
+        const auto findings = sampler->sampler.selftest();
         for (const auto& f : findings) {
             const diffx_finding shown{sizeof shown, f.name.c_str(), f.passed, f.held_by_psnr,    f.relative_l2,
                                       f.max_abs,    f.psnr,         f.limit,  f.seconds_per_step};
             if (report != nullptr) report(user, &shown);
-            failures += f.passed ? 0 : 1;
         }
-        if (failures != 0)
-            throw error(DIFFX_PARITY_ERROR, failures, " of ", findings.size(),
-                        " golden cases differ from the recorded results on ", sampler->sampler.device(),
-                        "; it is not to be used");
+        require_passed(findings, sampler->sampler.device());
     });
 }

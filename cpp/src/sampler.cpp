@@ -10,6 +10,8 @@
 namespace diffx::core {
 namespace {
 
+constexpr int kRepeats = 3; // of a golden case whose speed is reported
+
 constexpr std::uint32_t kStart = 0; // draw 0 is the start of sampling, draw 1 + k the noise of row k
 
 /// Normal noise of some samples, one after the other.
@@ -32,9 +34,22 @@ void check_labels(const Manifest& manifest, const Request& request) {
 
 } // namespace
 
-Sampler::Sampler(std::shared_ptr<const Bundle> bundle, const std::string& backend, const Options& options)
+Sampler::Sampler(std::shared_ptr<const Bundle> bundle, const std::string& backend, const Options& options, bool tested)
     : bundle_(std::move(bundle)), backend_(backend), network_(bundle_->network(backend, options)),
-      device_(network_->device()) {}
+      device_(network_->device()) {
+    if (!tested) believed_.set();
+}
+
+std::vector<Finding> Sampler::selftest() {
+    return core::selftest(*bundle_, *network_, GraphSet().set(), kRepeats);
+}
+
+void Sampler::believe(GraphSet graphs) {
+    graphs &= ~believed_;
+    if (graphs.none()) return;
+    require_passed(core::selftest(*bundle_, *network_, graphs, 1), device_);
+    believed_ |= graphs;
+}
 
 State& Sampler::state(std::size_t batch) {
     const auto found = std::ranges::find(states_, batch, [](const auto& entry) { return entry.first; });
@@ -53,12 +68,13 @@ void Sampler::sample(const Request& request, std::span<float> images) {
         throw error(DIFFX_SHAPE_ERROR, "images: there is room for ", images.size(), " numbers, ", request.num,
                     " images have ", manifest.image_size, " each");
     check_labels(manifest, request);
-    const Plan plan =
-        bundle_->plan(request.sampler.empty() ? defaults.sampler : request.sampler,
-                      request.steps == 0 ? defaults.steps : request.steps,
-                      std::isnan(request.guidance_scale) ? defaults.guidance_scale : request.guidance_scale);
-    const std::size_t batch =
-        std::min(request.num, static_cast<std::size_t>(request.batch == 0 ? defaults.batch : request.batch));
+    const double guidance = std::isnan(request.guidance_scale) ? defaults.guidance_scale : request.guidance_scale;
+    const Plan plan = bundle_->plan(request.sampler.empty() ? defaults.sampler : request.sampler,
+                                    request.steps == 0 ? defaults.steps : request.steps, guidance);
+    believe(GraphSet().set(step_graph(static_cast<float>(guidance))).set(kDecoder, manifest.decoder.has_value()));
+    auto batch = static_cast<std::size_t>(request.batch == 0 ? defaults.batch : request.batch);
+    if (const std::size_t most = network_->max_batch(); request.batch == 0 && most != 0) batch = std::min(batch, most);
+    batch = std::min(batch, request.num);
     const std::size_t batches = (request.num + batch - 1) / batch, rows = plan.rows.size();
     for (std::size_t done = 0; done < batches; ++done) {
         const std::size_t start = done * batch, count = std::min(batch, request.num - start);
@@ -75,7 +91,8 @@ void Sampler::sample(const Request& request, std::span<float> images) {
         state.begin(start_, labels_, {});
         for (std::size_t row = 0; row < rows; ++row) {
             if (plan.rows[row][kNoise] != 0)
-                fill_batch(state.noise(), manifest.size, request.seed, first, 1 + static_cast<std::uint32_t>(row));
+                fill_batch(state.noise().first(start_.size()), manifest.size, request.seed, first,
+                           1 + static_cast<std::uint32_t>(row));
             state.step(plan.rows[row]);
             if (request.on_step != nullptr) request.on_step(request.user, done * rows + row + 1, batches * rows);
         }

@@ -13,7 +13,6 @@
 namespace diffx::core {
 namespace {
 
-constexpr int kRepeats = 3;        // of each case; the fastest counts
 constexpr std::uint64_t kSeed = 0; // of the recorded run
 
 /// What a precision is held to, as diffexport/parity.py has it: a whole run by relative error, or by PSNR where that is
@@ -67,7 +66,11 @@ public:
         return tensors_.contains(name) ? std::span(at(name).integers) : std::span<const std::int64_t>();
     }
     /// Samples in a tensor of (B, *shape), which others of the same case must have as well.
-    std::size_t batch(const std::string& name) const { return floats(name).size() / size_; }
+    std::size_t batch(const std::string& name) const {
+        const std::size_t batch = floats(name).size() / size_;
+        if (batch == 0) throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is empty");
+        return batch;
+    }
     std::span<const float> floats(const std::string& name, std::size_t count) const {
         if (floats(name).size() != count)
             throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": has ", floats(name).size(), " numbers, expected ",
@@ -101,88 +104,151 @@ private:
     std::size_t size_;
 };
 
-/// Seconds of the fastest of some runs.
-template <typename Run>
-double fastest(const Run& run) {
-    double best = std::numeric_limits<double>::infinity();
-    for (int repeat = 0; repeat < kRepeats; ++repeat) {
-        const auto started = std::chrono::steady_clock::now();
-        run();
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count());
-    }
-    return best;
-}
+/// Runs cases on a network, each in as many parts as the network's largest batch asks for.
+class Runner {
+public:
+    Runner(const Bundle& bundle, Network& network, int repeats)
+        : manifest_(bundle.manifest()), limits_(limits_of(manifest_)), cases_(bundle), network_(network),
+          repeats_(repeats) {}
 
-} // namespace
-
-std::vector<Finding> selftest(Sampler& sampler) {
-    const Manifest& manifest = sampler.bundle().manifest();
-    const Limits& limits = limits_of(manifest);
-    const Cases cases(sampler.bundle());
-    const auto labels_of = [&](const std::string& name, std::size_t batch) {
-        const auto labels = cases.labels(name);
-        if (labels.size() != (manifest.num_classes == 0 ? 0 : batch))
-            throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": has ", labels.size(), " labels, expected ", batch);
-        return labels;
-    };
-    std::vector<Finding> findings;
-    for (const std::string& name : cases.steps()) {
-        const std::size_t batch = cases.batch(name + ".x"), numbers = batch * manifest.size;
-        if (batch == 0) throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": is empty");
-        const auto x = cases.floats(name + ".x", numbers), h = cases.floats(name + ".h", numbers),
-                   z = cases.floats(name + ".z", numbers);
-        const auto labels = labels_of(name + ".label", batch);
-        const Row row = cases.rows(name + ".row").front();
+    /// One row applied to a recorded state.
+    void step(const std::string& name, GraphSet graphs, std::vector<Finding>& findings) const {
+        const Row row = cases_.rows(name + ".row").front();
+        if (!graphs[step_graph(row[kGuidance])]) return;
+        const std::size_t batch = cases_.batch(name + ".x"), numbers = batch * manifest_.size;
+        const auto x = cases_.floats(name + ".x", numbers), h = cases_.floats(name + ".h", numbers),
+                   z = cases_.floats(name + ".z", numbers);
+        const auto labels = labels_of(name, batch);
         std::vector<float> x_next(numbers), h_next(numbers);
-        const auto state = sampler.network().state(batch);
-        const double seconds = fastest([&] {
-            state->begin(x, labels, h);
-            std::ranges::copy(z, state->noise().begin());
-            state->step(row);
-            state->read(x_next, h_next);
+        const double seconds = in_parts(batch, [&](State& state, std::size_t start, std::size_t count) {
+            state.begin(part(x, start, count), part_of(labels, start, count), part(h, start, count));
+            std::ranges::copy(part(z, start, count), state.noise().begin());
+            state.step(row);
+            state.read(part(std::span(x_next), start, count), part(std::span(h_next), start, count));
         });
         // An error is taken relative to what an output of unit RMS puts into the result, where that is larger.
         const double unit = std::abs(row[kCOut]) * std::sqrt(static_cast<double>(numbers));
-        findings.push_back(held(name + ".x_next", x_next, cases.floats(name + ".x_next", numbers), limits.step, seconds,
-                                unit * std::abs(row[kXD])));
-        findings.push_back(held(name + ".h_next", h_next, cases.floats(name + ".h_next", numbers), limits.step, seconds,
-                                unit * std::abs(row[kHD])));
+        findings.push_back(held(name + ".x_next", x_next, cases_.floats(name + ".x_next", numbers), limits_.step,
+                                seconds, unit * std::abs(row[kXD])));
+        findings.push_back(held(name + ".h_next", h_next, cases_.floats(name + ".h_next", numbers), limits_.step,
+                                seconds, unit * std::abs(row[kHD])));
     }
-    const auto rows = cases.rows("run.rows");
-    const std::size_t batch = cases.batch("run.x"), numbers = batch * manifest.size;
-    if (batch == 0) throw error(DIFFX_BUNDLE_ERROR, "golden case run: is empty");
-    const float x_scale = cases.floats("run.x_scale", 1)[0];
-    const auto labels = labels_of("run.label", batch);
-    const auto state = sampler.network().state(batch);
-    std::vector<float> x(numbers), start(numbers);
-    const auto fill = [&](std::span<float> all, std::size_t draw) {
-        for (std::size_t k = 0; k < batch; ++k)
-            fill_normal(all.subspan(k * manifest.size, manifest.size), kSeed, k, static_cast<std::uint32_t>(draw));
-    };
-    fill(start, 0);
-    for (float& number : start) number *= x_scale;
-    const double seconds = fastest([&] {
-        state->begin(start, labels, {});
-        for (std::size_t k = 0; k < rows.size(); ++k) {
-            if (rows[k][kNoise] != 0) fill(state->noise(), 1 + k);
-            state->step(rows[k]);
-        }
-        state->read(x, {});
-    });
-    Finding run = compared("run", x, cases.floats("run.x", numbers));
-    run.held_by_psnr = limits.psnr > 0;
-    run.limit = run.held_by_psnr ? limits.psnr : limits.trajectory;
-    run.passed = run.held_by_psnr ? run.psnr >= run.limit : run.relative_l2 <= run.limit;
-    run.seconds_per_step = seconds / static_cast<double>(rows.size());
-    findings.push_back(run);
-    if (manifest.decoder) {
-        std::vector<float> image(manifest.image_size);
-        const auto latents = cases.floats("decoder.x", manifest.size);
-        const double taken = fastest([&] { decode(sampler.network(), manifest, *manifest.decoder, latents, image); });
+
+    /// A whole run from noise.
+    void run(GraphSet graphs, std::vector<Finding>& findings) const {
+        const auto rows = cases_.rows("run.rows");
+        if (!graphs[step_graph(rows.front()[kGuidance])]) return;
+        const float x_scale = cases_.floats("run.x_scale", 1)[0];
+        const std::size_t batch = cases_.batch("run.x");
+        const auto labels = labels_of("run", batch);
+        std::vector<float> x(batch * manifest_.size);
+        const double seconds = in_parts(batch, [&](State& state, std::size_t first, std::size_t count) {
+            const auto fill = [&](std::span<float> all, std::size_t draw) {
+                for (std::size_t k = 0; k < count; ++k)
+                    fill_normal(part(all, k, 1), kSeed, first + k, static_cast<std::uint32_t>(draw));
+            };
+            const auto start = part(std::span(x), first, count);
+            fill(start, 0);
+            for (float& number : start) number *= x_scale;
+            state.begin(start, part_of(labels, first, count), {});
+            for (std::size_t k = 0; k < rows.size(); ++k) {
+                if (rows[k][kNoise] != 0) fill(state.noise(), 1 + k);
+                state.step(rows[k]);
+            }
+            state.read(start, {});
+        });
+        Finding run = compared("run", x, cases_.floats("run.x", x.size()));
+        run.held_by_psnr = limits_.psnr > 0;
+        run.limit = run.held_by_psnr ? limits_.psnr : limits_.trajectory;
+        run.passed = run.held_by_psnr ? run.psnr >= run.limit : run.relative_l2 <= run.limit;
+        run.seconds_per_step = seconds / static_cast<double>(rows.size());
+        findings.push_back(run);
+    }
+
+    /// The image of recorded latents.
+    void image(GraphSet graphs, std::vector<Finding>& findings) const {
+        if (!manifest_.decoder || !graphs[kDecoder]) return;
+        std::vector<float> image(manifest_.image_size);
+        const auto latents = cases_.floats("decoder.x", manifest_.size);
+        const double seconds = fastest([&] { decode(network_, manifest_, *manifest_.decoder, latents, image); });
         findings.push_back(
-            held("decoder.image", image, cases.floats("decoder.image", image.size()), limits.step, taken));
+            held("decoder.image", image, cases_.floats("decoder.image", image.size()), limits_.step, seconds));
     }
+
+    const Cases& cases() const { return cases_; }
+
+private:
+    template <typename Number>
+    std::span<Number> part(std::span<Number> numbers, std::size_t start, std::size_t count) const {
+        return numbers.subspan(start * manifest_.size, count * manifest_.size);
+    }
+
+    std::span<const std::int64_t> labels_of(const std::string& name, std::size_t batch) const {
+        const auto labels = cases_.labels(name + ".label");
+        if (labels.size() != (manifest_.num_classes == 0 ? 0 : batch))
+            throw error(DIFFX_BUNDLE_ERROR, "golden case ", name, ": has ", labels.size(), " labels, expected ", batch);
+        return labels;
+    }
+    static std::span<const std::int64_t> part_of(std::span<const std::int64_t> labels, std::size_t start,
+                                                 std::size_t count) {
+        return labels.empty() ? labels : labels.subspan(start, count);
+    }
+
+    /// Seconds of a case: run(state, first sample, number of samples).
+    template <typename Run>
+    double in_parts(std::size_t batch, const Run& run) const {
+        const std::size_t most = network_.max_batch() == 0 ? batch : std::min(batch, network_.max_batch());
+        double seconds = 0;
+        for (std::size_t start = 0; start < batch; start += most) {
+            const std::size_t count = std::min(most, batch - start);
+            const auto state = network_.state(count);
+            seconds += fastest([&] { run(*state, start, count); });
+        }
+        return seconds;
+    }
+
+    /// Seconds of the fastest of some runs.
+    template <typename Run>
+    double fastest(const Run& run) const {
+        double best = std::numeric_limits<double>::infinity();
+        for (int repeat = 0; repeat < repeats_; ++repeat) {
+            const auto started = std::chrono::steady_clock::now();
+            run();
+            best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count());
+        }
+        return best;
+    }
+
+    const Manifest& manifest_;
+    const Limits& limits_;
+    const Cases cases_;
+    Network& network_;
+    int repeats_;
+};
+
+} // namespace
+
+std::vector<Finding> selftest(const Bundle& bundle, Network& network, GraphSet graphs, int repeats) {
+    const Runner runner(bundle, network, repeats);
+    std::vector<Finding> findings;
+    for (const std::string& name : runner.cases().steps()) runner.step(name, graphs, findings);
+    runner.run(graphs, findings);
+    runner.image(graphs, findings);
     return findings;
+}
+
+void require_passed(const std::vector<Finding>& findings, const std::string& device) {
+    const auto failures = std::ranges::count(findings, false, &Finding::passed);
+    if (failures == 0) return;
+    const auto off = [](const Finding& f) { // how far beyond its limit
+        const double ratio = f.held_by_psnr ? f.limit / std::max(f.psnr, 1e-9) : f.relative_l2 / f.limit;
+        return f.passed ? 0 : std::isnan(ratio) ? std::numeric_limits<double>::infinity() : ratio;
+    };
+    const Finding& worst = *std::ranges::max_element(findings, {}, off);
+    throw error(DIFFX_PARITY_ERROR, failures, " of ", findings.size(),
+                " golden cases differ from the recorded results on ", device, ", most of all ", worst.name, " (",
+                worst.held_by_psnr ? "PSNR " : "relative L2 ", worst.held_by_psnr ? worst.psnr : worst.relative_l2,
+                ", limit ", worst.limit, "); it is not to be used");
 }
 
 } // namespace diffx::core

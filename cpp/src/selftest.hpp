@@ -4,7 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "sampler.hpp"
+#include "backend.hpp"
+#include "bundle.hpp"
 
 namespace diffx::core {
 
@@ -15,6 +16,10 @@ struct Finding {
     double relative_l2, max_abs, psnr, limit, seconds_per_step;
 };
 
-std::vector<Finding> selftest(Sampler& sampler);
+/// Run the golden cases of some graphs; each so many times, the fastest of which counts.
+std::vector<Finding> selftest(const Bundle& bundle, Network& network, GraphSet graphs, int repeats);
+
+/// Throw DIFFX_PARITY_ERROR, which says how many failed and the worst of them, unless all have passed.
+void require_passed(const std::vector<Finding>& findings, const std::string& device);
 
 } // namespace diffx::core

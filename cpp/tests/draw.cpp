@@ -6,7 +6,7 @@
 int main(int count, char** words) {
     const std::vector<std::string> given(words + 1, words + count); // BUNDLE BACKEND STEPS GUIDANCE OUT SAMPLER...
     const diffx::Bundle bundle(given.at(0));
-    auto sampler = bundle.sampler(given.at(1).c_str(), {sizeof(diffx_options), 1, 0});
+    auto sampler = bundle.sampler(given.at(1).c_str(), {sizeof(diffx_options), 1, 0, 0, 0});
     std::ofstream out(given.at(4), std::ios::binary);
     for (std::size_t k = 5; k < given.size(); ++k) {
         const auto images = sampler.sample({.num = 5,

@@ -8,7 +8,7 @@
 int main(int, char** words) {
     const diffx::Bundle bundle(words[1]);
     const auto draw = [&](std::uint64_t first) {
-        auto sampler = bundle.sampler(words[2], {sizeof(diffx_options), 1, 0});
+        auto sampler = bundle.sampler(words[2], {sizeof(diffx_options), 1, 0, 0, 0});
         std::vector<float> all;
         for (const double guidance : {1.0, 2.0}) {
             const auto images = sampler.sample({.labels = {0, 1, 2},

@@ -41,7 +41,7 @@ void BufferedState::begin(std::span<const float> x, std::span<const std::int64_t
 void BufferedState::step(const Row& row) {
     memory_->upload(*slot("row").buffer, row.data(), sizeof row);
     if (row[kNoise] != 0) memory_->upload(*slot("z").buffer, noise_.data(), slot("z").bytes);
-    run(row[kGuidance] == 1.0f ? kPlain : kGuided, back_);
+    run(step_graph(row[kGuidance]), back_);
     back_ = !back_;
 }
 

@@ -14,10 +14,6 @@
 
 namespace diffx::core {
 
-/// The graphs that a backend runs: rows without guidance, rows with it, the decoder.
-inline constexpr std::size_t kPlain = 0, kGuided = 1, kDecoder = 2;
-inline constexpr std::array<const char*, 3> kGraphs = {"step_plain", "step", "decoder"};
-
 /// Graphs as a backend has them, each loaded once, by whichever thread needs it first.
 template <typename Graph>
 class Graphs {

@@ -1,4 +1,6 @@
 // The few functions of the CUDA runtime that buffers need, looked up in its library when a CUDA device is asked for.
+#include <cstring>
+
 #include "backends/library.hpp"
 #include "backends/memory.hpp"
 #include "error.hpp"
@@ -9,7 +11,11 @@ namespace {
 // As cuda_runtime_api.h has them; a status is an int, 0 for success.
 constexpr int kToDevice = 1, kToHost = 2;                   // cudaMemcpyKind
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76; // cudaDeviceAttr
+constexpr int kThisThread = 1;                              // cudaStreamCaptureMode
 using Stream = struct CUstream_st*;
+using Event = struct CUevent_st*;
+using Graph = struct CUgraph_st*;
+using Executable = struct CUgraphExec_st*;
 
 class Cuda {
     Library library_{"cuda", "DIFFX_CUDART_LIBRARY", DIFFX_CUDART_LIBRARY, "install the CUDA runtime"};
@@ -24,6 +30,19 @@ public:
                 Stream) = library_.symbol<int(void*, const void*, std::size_t, int, Stream)>("cudaMemcpyAsync");
     int (*set)(void*, int, std::size_t,
                Stream) = library_.symbol<int(void*, int, std::size_t, Stream)>("cudaMemsetAsync");
+    int (*allocate_pinned)(void**, std::size_t) = library_.symbol<int(void**, std::size_t)>("cudaMallocHost");
+    int (*free_pinned)(void*) = library_.symbol<int(void*)>("cudaFreeHost");
+    int (*event_create)(Event*) = library_.symbol<int(Event*)>("cudaEventCreate");
+    int (*event_destroy)(Event) = library_.symbol<int(Event)>("cudaEventDestroy");
+    int (*event_record)(Event, Stream) = library_.symbol<int(Event, Stream)>("cudaEventRecord");
+    int (*event_synchronize)(Event) = library_.symbol<int(Event)>("cudaEventSynchronize");
+    int (*begin_capture)(Stream, int) = library_.symbol<int(Stream, int)>("cudaStreamBeginCapture");
+    int (*end_capture)(Stream, Graph*) = library_.symbol<int(Stream, Graph*)>("cudaStreamEndCapture");
+    int (*instantiate)(Executable*, Graph, unsigned long long) =
+        library_.symbol<int(Executable*, Graph, unsigned long long)>("cudaGraphInstantiateWithFlags");
+    int (*graph_destroy)(Graph) = library_.symbol<int(Graph)>("cudaGraphDestroy");
+    int (*launch)(Executable, Stream) = library_.symbol<int(Executable, Stream)>("cudaGraphLaunch");
+    int (*executable_destroy)(Executable) = library_.symbol<int(Executable)>("cudaGraphExecDestroy");
     int (*stream_create)(Stream*) = library_.symbol<int(Stream*)>("cudaStreamCreate");
     int (*stream_destroy)(Stream) = library_.symbol<int(Stream)>("cudaStreamDestroy");
     int (*synchronize)(Stream) = library_.symbol<int(Stream)>("cudaStreamSynchronize");
@@ -42,17 +61,70 @@ const Cuda& cuda() {
     return found;
 }
 
-class DeviceBuffer final : public Buffer {
+/// Pinned memory, and the event that says when what it held was sent.
+class Staging {
 public:
-    DeviceBuffer(const Cuda& cuda, std::size_t bytes) : cuda_(cuda) { cuda_.check(cuda_.allocate(&data_, bytes)); }
-    DeviceBuffer(const DeviceBuffer&) = delete;
-    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-    ~DeviceBuffer() override { cuda_.free(data_); }
-    void* data() override { return data_; }
+    Staging(const Cuda& cuda, std::size_t bytes) : cuda_(cuda) {
+        cuda_.check(cuda_.allocate_pinned(&data_, bytes));
+        if (const int status = cuda_.event_create(&sent_); status != 0) {
+            cuda_.free_pinned(data_);
+            cuda_.check(status);
+        }
+    }
+    Staging(const Staging&) = delete;
+    Staging& operator=(const Staging&) = delete;
+    ~Staging() {
+        cuda_.event_synchronize(sent_);
+        cuda_.event_destroy(sent_);
+        cuda_.free_pinned(data_);
+    }
+    void send(void* to, const void* from, std::size_t bytes, Stream stream) {
+        cuda_.check(cuda_.event_synchronize(sent_));
+        std::memcpy(data_, from, bytes);
+        cuda_.check(cuda_.copy(to, data_, bytes, kToDevice, stream));
+        cuda_.check(cuda_.event_record(sent_, stream));
+    }
 
 private:
     const Cuda& cuda_;
     void* data_ = nullptr;
+    Event sent_ = nullptr;
+};
+
+class DeviceBuffer final : public Buffer {
+public:
+    DeviceBuffer(const Cuda& cuda, std::size_t bytes) : cuda_(cuda), bytes_(bytes) {
+        cuda_.check(cuda_.allocate(&data_, bytes));
+    }
+    DeviceBuffer(const DeviceBuffer&) = delete;
+    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+    ~DeviceBuffer() override { cuda_.free(data_); }
+    void* data() override { return data_; }
+    Staging& staging() {
+        if (!staging_) staging_ = std::make_unique<Staging>(cuda_, bytes_);
+        return *staging_;
+    }
+
+private:
+    const Cuda& cuda_;
+    std::size_t bytes_;
+    void* data_ = nullptr;
+    std::unique_ptr<Staging> staging_; // of a buffer that is uploaded to
+};
+
+class RecordedGraph final : public Recorded {
+public:
+    RecordedGraph(const Cuda& cuda, Executable executable, Stream stream)
+        : cuda_(cuda), executable_(executable), stream_(stream) {}
+    RecordedGraph(const RecordedGraph&) = delete;
+    RecordedGraph& operator=(const RecordedGraph&) = delete;
+    ~RecordedGraph() override { cuda_.executable_destroy(executable_); }
+    void launch() override { cuda_.check(cuda_.launch(executable_, stream_)); }
+
+private:
+    const Cuda& cuda_;
+    Executable executable_;
+    Stream stream_;
 };
 
 class DeviceMemory final : public CudaMemory {
@@ -69,8 +141,7 @@ public:
         return std::make_unique<DeviceBuffer>(cuda_, bytes);
     }
     void upload(Buffer& to, const void* from, std::size_t bytes) override {
-        cuda_.check(
-            cuda_.copy(to.data(), from, bytes, kToDevice, stream_)); // from pageable memory: read when it returns
+        static_cast<DeviceBuffer&>(to).staging().send(to.data(), from, bytes, stream_);
     }
     void download(void* to, Buffer& from, std::size_t bytes) override {
         cuda_.check(cuda_.copy(to, from.data(), bytes, kToHost, stream_));
@@ -79,6 +150,23 @@ public:
     void clear(Buffer& buffer, std::size_t bytes) override { cuda_.check(cuda_.set(buffer.data(), 0, bytes, stream_)); }
     void finish() override { cuda_.check(cuda_.synchronize(stream_)); }
     void* stream() override { return stream_; }
+    std::unique_ptr<Recorded> record(const std::function<void()>& work) override {
+        cuda_.check(cuda_.begin_capture(stream_, kThisThread));
+        Graph graph = nullptr;
+        try {
+            work();
+        } catch (...) {
+            cuda_.end_capture(stream_, &graph); // the capture is void, which its status says once more
+            throw;
+        }
+        cuda_.check(cuda_.end_capture(stream_, &graph));
+        Executable executable = nullptr;
+        const int status = cuda_.instantiate(&executable, graph, 0);
+        cuda_.graph_destroy(graph);
+        cuda_.check(status);
+        return std::make_unique<RecordedGraph>(cuda_, executable, stream_);
+    }
+    void drain() noexcept override { cuda_.synchronize(stream_); }
 
 private:
     const Cuda& cuda_;

@@ -72,6 +72,17 @@ std::vector<Engine> engines_for(const Bundle& bundle, const Target& target) {
     return fitting;
 }
 
+std::size_t max_batch(const std::vector<Engine>& engines) {
+    std::map<std::string, std::size_t> most;
+    for (const Engine& engine : engines)
+        if (engine.graph == kGraphs[kPlain] || engine.graph == kGraphs[kGuided])
+            for (const Profile& profile : engine.profiles)
+                most[engine.graph] = std::max(most[engine.graph], profile.most);
+    std::size_t common = 0;
+    for (const auto& [graph, largest] : most) common = common == 0 ? largest : std::min(common, largest);
+    return common;
+}
+
 Choice choose(const std::vector<Engine>& engines, const std::string& graph, std::size_t batch) {
     Choice best{nullptr, 0, 0};
     std::size_t most = 0;

@@ -32,6 +32,9 @@ struct Target {
 /// against its record. Throws DIFFX_BACKEND_ERROR where there is none, which says why not and what to type.
 std::vector<Engine> engines_for(const Bundle& bundle, const Target& target);
 
+/// The largest batch that every step graph among these takes.
+std::size_t max_batch(const std::vector<Engine>& engines);
+
 /// The engine of a graph for a batch, its profile, and the batch to run it at: the one that wastes least.
 struct Choice {
     const Engine* engine;

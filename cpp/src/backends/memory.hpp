@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -28,11 +29,23 @@ public:
 
 std::unique_ptr<Memory> host_memory();
 
+/// Work of a CUDA stream that was recorded as a graph, freed with it.
+class Recorded {
+public:
+    virtual ~Recorded() = default;
+    virtual void launch() = 0;
+};
+
 /// Memory of a CUDA device, through the CUDA runtime's library. Throws DIFFX_BACKEND_ERROR where there is no driver.
+/// What is uploaded goes by way of pinned memory, so that the host does not wait for the device.
 class CudaMemory : public Memory {
 public:
     /// A stream, for work in the order of what is uploaded and downloaded here.
     virtual void* stream() = 0;
+    /// Record what is put on the stream, in place of doing it.
+    virtual std::unique_ptr<Recorded> record(const std::function<void()>& work) = 0;
+    /// Wait as finish() does, and let errors pass: for the end of what the stream uses.
+    virtual void drain() noexcept = 0;
 };
 std::unique_ptr<CudaMemory> cuda_memory(int device);
 

@@ -1,6 +1,6 @@
 // TensorRT and TensorRT for RTX: engines that `diffx build` made, run on a CUDA device. One code path serves both
 // products. Engines are shared by all samplers; a state has an execution context of its own for each graph, and a
-// stream.
+// stream. TensorRT's steps are recorded as CUDA graphs, one for each direction of the buffers.
 #include <NvInferRuntime.h>
 
 #include <algorithm>
@@ -44,16 +44,17 @@ class Product {
 public:
     Product(const char* backend, const char* module, const char* variable, const char* names, const char* install)
         : library_(backend, variable, names, install), name_(module) {
-        const int major = number("Major");
         for (const char* part : {"Major", "Minor", "Patch", "Build"})
             version_.append(version_.empty() ? "" : ".").append(std::to_string(number(part)));
-        // RTX counts its versions apart, and keeps the interface of the headers; TensorRT may change it with each major
-        // one.
+        // TensorRT changes its interface with each major version. RTX counts its versions apart; its runtime objects
+        // have the interface of TensorRT 10 up to 1.4, and that of 11 from 1.5 on.
         const bool rtx = std::string_view(backend) == "trt-rtx";
-        if (!rtx && major != NV_TENSORRT_MAJOR)
+        const int interface = !rtx ? number("Major") : number("Major") == 1 && number("Minor") < 5 ? 10 : 11;
+        if (interface != NV_TENSORRT_MAJOR)
             throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': ", library_.name(), " is version ", version_,
-                        ", this library was built with the headers of ", NV_TENSORRT_MAJOR,
-                        "; build it again with those of ", major);
+                        ", which has the interface of TensorRT ", interface,
+                        "; this library was built with the headers of ", NV_TENSORRT_MAJOR,
+                        ", build it again with those of ", interface);
         const std::int32_t asked = rtx ? library_.symbol<std::int32_t()>("getInferLibVersion")() : NV_TENSORRT_VERSION;
         runtime_.reset(static_cast<nvinfer1::IRuntime*>(
             library_.symbol<void*(void*, std::int32_t)>("createInferRuntime_INTERNAL")(&complaints_, asked)));
@@ -73,6 +74,8 @@ public:
         if (!done) throw error(DIFFX_BACKEND_ERROR, "TensorRT refuses ", what, " (", complaints_.last(), ")");
     }
 
+    /// Whether a step may be recorded from outside; RTX does so by itself where its own headers ask for it.
+    bool recordable() const { return name_ == "tensorrt"; }
     const std::string& name() const { return name_; }
     const std::string& version() const { return version_; }
 
@@ -94,14 +97,20 @@ public:
           capability_(cuda_capability(options.device)),
           engines_(engines_for(bundle, {backend, trt->name(), trt->version(), capability_})) {}
 
+    TensorRtNetwork(const TensorRtNetwork&) = delete;
+    TensorRtNetwork& operator=(const TensorRtNetwork&) = delete;
+    ~TensorRtNetwork() override;
+
     std::string device() const override {
         return "CUDA device " + std::to_string(options_.device) + " (" + capability_ + "), " + trt->name() + " " +
                trt->version();
     }
+    std::size_t max_batch() const override { return core::max_batch(engines_); }
     std::unique_ptr<State> state(std::size_t batch) override;
     void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) override;
 
     std::unique_ptr<CudaMemory> memory() const { return cuda_memory(options_.device); }
+    bool records() const { return options_.cuda_graph && trt->recordable(); }
     Choice choice(std::size_t graph, std::size_t batch) const { return choose(engines_, kGraphs[graph], batch); }
 
     /// The largest batch that either step graph is run at for a batch.
@@ -134,11 +143,15 @@ public:
     const Manifest manifest;
 
 private:
+    struct Decoding;
+    std::unique_ptr<Decoding> take_idle();
+
     Options options_;
     std::string capability_;
     std::vector<Engine> engines_;
     std::mutex mutex_;
     std::map<std::string, std::unique_ptr<nvinfer1::ICudaEngine>> loaded_;
+    std::vector<std::unique_ptr<Decoding>> idle_; // after the engines, which they use
 };
 
 nvinfer1::Dims dims_of(std::span<const std::int64_t> shape) {
@@ -150,13 +163,39 @@ nvinfer1::Dims dims_of(std::span<const std::int64_t> shape) {
 
 class TensorRtState final : public BufferedState {
 public:
-    TensorRtState(std::shared_ptr<TensorRtNetwork> network, std::unique_ptr<Memory> memory, void* stream,
+    /// cuda: the memory.
+    TensorRtState(std::shared_ptr<TensorRtNetwork> network, CudaMemory& cuda, std::unique_ptr<Memory> memory,
                   std::size_t batch)
         : BufferedState(std::move(memory), network->manifest, network->room(batch)), network_(std::move(network)),
-          stream_(static_cast<cudaStream_t>(stream)), batch_(batch) {}
+          cuda_(cuda), stream_(static_cast<cudaStream_t>(cuda.stream())), batch_(batch) {}
+    TensorRtState(const TensorRtState&) = delete;
+    TensorRtState& operator=(const TensorRtState&) = delete;
+    ~TensorRtState() override { cuda_.drain(); } // contexts must not go while they run
 
 private:
+    /// The first step of a graph in a direction allocates what it needs, which a recording must not; the second is
+    /// recorded.
     void run(std::size_t graph, bool back) override {
+        Step& step = steps_[graph][back];
+        if (!step.recorded && step.has_run && network_->records()) step.recorded = record(graph, back);
+        if (step.recorded)
+            step.recorded->launch();
+        else
+            enqueue(graph, back);
+        step.has_run = true;
+    }
+
+    std::unique_ptr<Recorded> record(std::size_t graph, bool back) {
+        try {
+            return cuda_.record([&] { enqueue(graph, back); });
+        } catch (const Error& problem) {
+            throw error(problem.status, problem.what(),
+                        "; a step cannot be recorded as a CUDA graph: turn that off with ",
+                        "--no-cuda-graph (cuda_graph of diffx_options)");
+        }
+    }
+
+    void enqueue(std::size_t graph, bool back) {
         auto& context = contexts_[graph];
         if (!context) context = prepare(graph);
         for (const char* name : {"x", "h", "z", "row", "label", "x_next", "h_next"})
@@ -178,33 +217,72 @@ private:
         return context;
     }
 
+    /// A step graph in one direction of the buffers.
+    struct Step {
+        bool has_run = false;
+        std::unique_ptr<Recorded> recorded;
+    };
+
     std::shared_ptr<TensorRtNetwork> network_;
+    CudaMemory& cuda_;
     cudaStream_t stream_;
     std::size_t batch_;
     std::unique_ptr<nvinfer1::IExecutionContext> contexts_[2];
+    Step steps_[2][2];
 };
+
+/// Everything that decoding one image takes; the tiles of a bundle are all of the same size.
+struct TensorRtNetwork::Decoding {
+    Decoding(TensorRtNetwork& network, std::size_t latent_bytes, std::array<std::int64_t, 2> sides,
+             std::size_t image_bytes)
+        : memory(network.memory()) {
+        const Choice chosen = network.choice(kDecoder, 1);
+        x = memory->allocate(chosen.batch * latent_bytes);
+        image = memory->allocate(chosen.batch * image_bytes);
+        memory->clear(*x, chosen.batch * latent_bytes);
+        context = network.context(kDecoder, chosen, memory->stream());
+        const std::int64_t shape[] = {static_cast<std::int64_t>(chosen.batch), network.manifest.shape[0], sides[0],
+                                      sides[1]};
+        network.trt->must(context->setInputShape("x", dims_of(shape)), "the shape of the latents");
+        network.trt->must(context->setTensorAddress("x", x->data()) &&
+                              context->setTensorAddress("image", image->data()),
+                          "the place of an image");
+    }
+    Decoding(const Decoding&) = delete;
+    Decoding& operator=(const Decoding&) = delete;
+    ~Decoding() { memory->drain(); }
+
+    std::unique_ptr<CudaMemory> memory;
+    std::unique_ptr<Buffer> x, image;
+    std::unique_ptr<nvinfer1::IExecutionContext> context;
+};
+
+std::unique_ptr<TensorRtNetwork::Decoding> TensorRtNetwork::take_idle() {
+    const std::scoped_lock lock(mutex_);
+    if (idle_.empty()) return nullptr;
+    std::unique_ptr<Decoding> decoding = std::move(idle_.back());
+    idle_.pop_back();
+    return decoding;
+}
+
+TensorRtNetwork::~TensorRtNetwork() = default;
 
 std::unique_ptr<State> TensorRtNetwork::state(std::size_t batch) {
     auto place = memory();
-    void* const stream = place->stream();
-    return std::make_unique<TensorRtState>(shared_from_this(), std::move(place), stream, batch);
+    CudaMemory& cuda = *place;
+    return std::make_unique<TensorRtState>(shared_from_this(), cuda, std::move(place), batch);
 }
 
 void TensorRtNetwork::decode(std::span<const float> latents, std::array<std::int64_t, 2> sides,
                              std::span<float> image) {
-    const auto place = memory();
-    const Choice chosen = choice(kDecoder, 1);
-    const auto x = place->allocate(chosen.batch * latents.size_bytes()),
-               pixels = place->allocate(chosen.batch * image.size_bytes());
-    place->clear(*x, chosen.batch * latents.size_bytes());
-    place->upload(*x, latents.data(), latents.size_bytes());
-    const auto context = this->context(kDecoder, chosen, place->stream());
-    const std::int64_t shape[] = {static_cast<std::int64_t>(chosen.batch), manifest.shape[0], sides[0], sides[1]};
-    trt->must(context->setInputShape("x", dims_of(shape)), "the shape of the latents");
-    trt->must(context->setTensorAddress("x", x->data()) && context->setTensorAddress("image", pixels->data()),
-              "the place of an image");
-    trt->must(context->enqueueV3(static_cast<cudaStream_t>(place->stream())), "to decode");
-    place->download(image.data(), *pixels, image.size_bytes());
+    std::unique_ptr<Decoding> decoding = take_idle();
+    if (!decoding) decoding = std::make_unique<Decoding>(*this, latents.size_bytes(), sides, image.size_bytes());
+    CudaMemory& cuda = *decoding->memory;
+    cuda.upload(*decoding->x, latents.data(), latents.size_bytes());
+    trt->must(decoding->context->enqueueV3(static_cast<cudaStream_t>(cuda.stream())), "to decode");
+    cuda.download(image.data(), *decoding->image, image.size_bytes());
+    const std::scoped_lock lock(mutex_);
+    idle_.push_back(std::move(decoding));
 }
 
 } // namespace
