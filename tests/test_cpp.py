@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 from cpp_build import ROOT
+from mending import shift_golden
 from PIL import Image
 from refusals import assert_refused
 
@@ -82,11 +83,13 @@ def test_every_sampler_gives_the_images_of_python(cpp, toy_bundle, tmp_path, nam
     assert_same_images(cpp, toy_bundle(name), tmp_path, 10)
 
 
+EVERY = [(name, p, backend) for name in FAMILIES for p in ("fp32", "fp16") for backend in ("ort", "openvino")]
+
+
 @pytest.mark.parametrize(
-    ("precision", "backend"),
-    [("fp32", "ort"), ("fp16", "ort"), ("fp32", "openvino"), ("fp16", "openvino"), ("bf16", "openvino")],
+    ("name", "precision", "backend"),
+    [*EVERY, ("digits", "bf16", "openvino"), ("official DiT", "bf16", "openvino")],
 )
-@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, name, precision, backend):
     assert_same_images(cpp, family_bundle(name, precision), tmp_path, 5, backend)
 
@@ -265,23 +268,30 @@ def test_a_runtime_that_is_missing_is_said(cpp, toy_bundle):
     assert "install ONNX Runtime's C library, or name the file in DIFFX_ONNXRUNTIME_LIBRARY" in done.stderr
 
 
-def test_the_selftest_refuses_what_differs(cpp, toy_bundle, tmp_path):
-    """A bundle whose recorded results are changed, with a manifest that vouches for the change."""
-    from diffexport.bundle import GOLDEN, entry_of, read_tensors, write_tensors
-
+@pytest.fixture
+def changed(family_bundle, tmp_path):
+    """A bundle whose recorded run is not what its network gives."""
     path = tmp_path / "changed.diffx"
-    shutil.copytree(toy_bundle("plain").path, path)
-    cases = read_tensors(path / GOLDEN)
-    cases["run.x"] = cases["run.x"] + np.float32(0.01)
-    write_tensors(path / GOLDEN, cases)
-    manifest = json.loads((path / "manifest.json").read_text())
-    entry = entry_of(path / GOLDEN)
-    manifest["files"][GOLDEN] = {"size": entry.size, "sha256": entry.sha256}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    done = cpp.run("diffx-sample", path, "--selftest", check=False)
+    shutil.copytree(family_bundle("DiT").path, path)
+    shift_golden(path, "run.x")
+    return path
+
+
+def test_the_selftest_refuses_what_differs(cpp, changed):
+    done = cpp.run("diffx-sample", changed, "--selftest", check=False)
     assert done.returncode == 1
     assert re.search(r"^FAILED run ", done.stdout, re.M)
     assert "1 of 7 golden cases differ" in done.stderr
+
+
+def test_a_selftest_that_is_asked_for_comes_before_the_first_sample(cpp, changed):
+    """On the CPU, where it is off by itself: the C program asks for it, diffx-sample does not."""
+    done = cpp.run("tests/diffx-c-program", changed, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(
+        r"got status 5 \(1 of \d golden cases differ .* on CPU, most of all run \(relative L2 ", done.stderr
+    )
+    assert cpp.run("diffx-sample", changed, "--steps", 5, "--npy", changed.parent / "a.npy").returncode == 0
 
 
 @pytest.fixture
@@ -342,16 +352,26 @@ def test_embed_writes_a_project_that_builds_and_draws(cpp, project, family_bundl
 
 
 def test_a_component_that_is_not_built_in_is_not_found(cpp, tmp_path):
-    subprocess.run(["cmake", "--install", cpp.folder, "--prefix", tmp_path / "i"], check=True, capture_output=True)
+    """The installed build has all of them; that of one without OpenVINO is put in its place."""
+
+    def cmake(*words, **variables):
+        options = [f"-D{name}={value}" for name, value in variables.items()]
+        return subprocess.run(["cmake", *words, *options], capture_output=True, text=True, check=False)
+
+    assert cmake("--install", cpp.folder, "--prefix", tmp_path / "i").returncode == 0
+    headers = ROOT / "build" / "onnxruntime"
+    cmake("-S", ROOT / "cpp", "-B", tmp_path / "o", DIFFX_PROGRAM="OFF", onnxruntime_ROOT=headers)
+    (config,) = (tmp_path / "i").rglob("diffxConfig.cmake")
+    shutil.copy(tmp_path / "o" / "diffxConfig.cmake", config)
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES NONE)\n"
         "find_package(diffx REQUIRED COMPONENTS onnxruntime ${MORE})\n"
     )
-    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-Ddiffx_ROOT={tmp_path / 'i'}"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    done = subprocess.run([*command, "-DMORE=tensorrt"], capture_output=True, text=True, check=False)
+    words = ["-S", tmp_path, "-B", tmp_path / "b"]
+    assert cmake(*words, diffx_ROOT=tmp_path / "i").returncode == 0
+    done = cmake(*words, diffx_ROOT=tmp_path / "i", MORE="openvino")
     assert done.returncode != 0
-    assert "tensorrt" in done.stderr
+    assert "diffx was built without the component openvino" in " ".join(done.stderr.split())
 
 
 def test_embed_refuses(diffx, toy_bundle, tmp_path):

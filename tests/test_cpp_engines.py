@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import simulated_gpu
+from mending import shift_golden
 
-from diffexport.bundle import GOLDEN, Bundle, entry_of, read_tensors, write_tensors
+from diffexport.bundle import GOLDEN, Bundle, read_tensors
 from diffexport.engines.profiles import Profile
 from diffexport.plan import GUIDANCE
 
@@ -118,23 +119,12 @@ def test_only_graphs_that_run_need_engines(gpu):
     assert "there is no engine of step_plain; build it again" in gpu.refused("--guidance-scale", 1, "--steps", 5)
 
 
-def change_golden(path, name):
-    """Recorded results that are changed, with a manifest that vouches for the change."""
-    cases = read_tensors(path / GOLDEN)
-    cases[name] = cases[name] + np.float32(0.01)
-    write_tensors(path / GOLDEN, cases)
-    manifest = json.loads((path / "manifest.json").read_text())
-    entry = entry_of(path / GOLDEN)
-    manifest["files"][GOLDEN] = {"size": entry.size, "sha256": entry.sha256}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
 def test_an_engine_that_differs_is_refused_before_its_first_sample(gpu):
     gpu = gpu()
     gpu.build()
     cases = read_tensors(gpu.path / GOLDEN)
     guided = next(name[:-4] for name in cases if re.fullmatch(r"step\.\d\.row", name) and cases[name][GUIDANCE] != 1)
-    change_golden(gpu.path, f"{guided}.x_next")
+    shift_golden(gpu.path, f"{guided}.x_next")
     words = ["--num", 1, "--steps", 5]
     message = rf"golden cases differ from the recorded results on CUDA device 0 \(sm86\).* most of all {guided}.x_next"
     assert re.search(message, gpu.refused(*words, "--guidance-scale", 2))

@@ -39,7 +39,7 @@ int main(int words, char** word) {
     expect(diffx_bundle_open(word[1], &bundle), DIFFX_OK, NULL);
     expect(diffx_sampler_open(bundle, "nonsense", NULL, &sampler), DIFFX_BACKEND_ERROR,
            "known: ort, ort-cuda, openvino");
-    diffx_options options = {.size = sizeof options, .threads = 1};
+    diffx_options options = {.size = sizeof options, .threads = 1, .selftest = 1};
     expect(diffx_sampler_open(bundle, "ort", &options, &sampler), DIFFX_OK, NULL);
     expect(strcmp(diffx_sampler_device(sampler), "CPU") == 0 ? DIFFX_OK : DIFFX_INTERNAL_ERROR, DIFFX_OK, NULL);
 
