@@ -78,9 +78,9 @@ class Scope:
     def batches_of_runs(self) -> tuple[int, ...]:
         return self.batches if self.whole else self.batches[:1]
 
-    def samples(self, batch: int) -> list[int]:
+    def samples(self, batch: int, first: int) -> list[int]:
         """Indices of the samples in a batch."""
-        return [index if self.whole else index % DISTINCT for index in range(batch)]
+        return [first + (index if self.whole else index % DISTINCT) for index in range(batch)]
 
 
 def scope_of(parameters: int, default_batch: int, max_batch: int, whole: bool | None = None) -> Scope:
@@ -98,7 +98,7 @@ class Comparison:
     Attributes:
         plan: of the run that was compared.
         final: PyTorch's final images of it, (batch, *shape).
-        denoised: PyTorch's D of sample 0 with guidance at each level, LEVELS of (1, *shape).
+        denoised: PyTorch's D of sample K with guidance at the K-th level, LEVELS of (1, *shape).
     """
 
     plan: Plan
@@ -117,6 +117,8 @@ class _Job:
     run: Callable[[Session, list[int]], tuple[Array, ...]]
     rows: Array
     """The rows that it runs, (n, 13)."""
+    first: int = 0
+    """Index of the first sample; see ``probe_state``."""
 
     @property
     def evaluations(self) -> int:
@@ -151,17 +153,18 @@ def compare(
     for index, job in enumerate(jobs):
         if progress is not None:
             progress(f"comparing with PyTorch: {job.name}", sum(costs[:index]) / sum(costs))
-        distinct = sorted({0, *(sample for batch in job.batches for sample in scope.samples(batch))})
+        distinct = sorted({job.first, *(sample for batch in job.batches for sample in scope.samples(batch, job.first))})
         expected = job.run(reference, distinct)
         if job.kind == "guided":
             result.denoised.append(expected[0][:1])
         if job.kind == "run":
             result.final = expected[0]
         for batch in job.batches:
-            samples = scope.samples(batch)
+            samples = scope.samples(batch, job.first)
+            places = [distinct.index(sample) for sample in samples]
             for part, (a, b) in enumerate(zip(job.run(candidate, samples), expected, strict=True)):
                 name = job.name + (", history" if part else "")
-                result.measurements.append(job.measure(name, part, a, b[samples], precision))
+                result.measurements.append(job.measure(name, part, a, b[places], precision))
     return result
 
 
@@ -174,14 +177,14 @@ def _jobs(spec: ModelSpec, scope: Scope, defaults: Defaults, plan: Plan) -> Iter
                 continue
             row = denoise_rows(spec, [sigma], weight)[0].astype(np.float32)
             name = f"D at sigma {sigma:.4g}" + (f", guidance {weight:g}" if spec.guidable else "")
-            yield _Job(name, kind, batches, _denoising(spec, row, sigma, k), row[None])
+            yield _Job(name, kind, batches, _denoising(spec, row, sigma, k), row[None], first=k)
     middle, small = float(levels[LEVELS // 2]), scope.batches[:1]
     mixing = mixing_row(spec, middle, w)
     update = _updating(spec, mixing, middle)
-    yield _Job(f"full update at sigma {middle:.4g}", "update", small, update, mixing[None])
+    yield _Job(f"full update at sigma {middle:.4g}", "update", small, update, mixing[None], first=LEVELS // 2)
     ahead = _updating(spec, mixing, middle, ahead=True)
-    yield _Job("the same, its condition computed ahead", "update", small, ahead, mixing[None])
-    yield _Job("two rows in one call", "loop", small, _looping(spec), probe_loop(spec, [0]).rows)
+    yield _Job("the same, its condition computed ahead", "update", small, ahead, mixing[None], first=LEVELS // 2)
+    yield _Job("two rows in one call", "loop", small, _looping(spec), probe_loop(spec, [0]).rows, first=1)
 
     def whole(session: Session, samples: list[int]) -> tuple[Array, ...]:
         return (run_plan(session, spec, plan, range(len(samples))),)
@@ -237,7 +240,7 @@ def check_decoder(
         found = candidate.decode(comparison.final[:batch])
         results.append(measure_step("decoder", found, expected[:batch], precision))
     level = float(probe_levels(spec)[-1])
-    start = probe_state(spec, level, LEVELS - 1, [0])
+    start = probe_state(spec, level, LEVELS - 1, [LEVELS - 1])
     feeds = start.x, start.label, mixing_row(spec, level, probe_guidance(spec))[None], start.z[None]
     for name, found, wanted in zip(
         ("latents", "image"), candidate.run_decoded(*feeds), reference.run_decoded(*feeds), strict=True

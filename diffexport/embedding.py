@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffexport.bundle import Bundle
 from diffexport.errors import BackendError, ExportError
-from diffexport.files import replacing_folder
+from diffexport.files import replacing_folder, writing
 
 _SOURCES = ("CMakeLists.txt", "cmake", "include", "src")
 """What of ``cpp/`` a project needs."""
@@ -163,17 +163,14 @@ def embed(bundle: Bundle, out: str | Path, backend: str = "ort") -> Path:
         "library": component.library,
         "variable": component.variable,
     }
-    try:
-        with replacing_folder(out) as work:
-            shutil.copytree(bundle.path, work / str(facts["bundle"]))
-            (work / "diffx").mkdir()
-            for name in _SOURCES:
-                source = _sources() / name
-                (shutil.copytree if source.is_dir() else shutil.copy)(source, work / "diffx" / name)
-            for name, text in {"CMakeLists.txt": _CMAKE, "main.cpp": _MAIN, "README.md": _README}.items():
-                (work / name).write_text(text.format(**facts), encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+    with writing(out, ExportError, "; nothing was left behind"), replacing_folder(out) as work:
+        shutil.copytree(bundle.path, work / str(facts["bundle"]))
+        (work / "diffx").mkdir()
+        for name in _SOURCES:
+            source = _sources() / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, work / "diffx" / name)
+        for name, text in {"CMakeLists.txt": _CMAKE, "main.cpp": _MAIN, "README.md": _README}.items():
+            (work / name).write_text(text.format(**facts), encoding="utf-8")
     return out
 
 

@@ -15,6 +15,31 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffexport.errors import DiffexportError
+
+
+@contextlib.contextmanager
+def writing(target: Path, kind: type[DiffexportError] = DiffexportError, then: str = "") -> Iterator[None]:
+    """Errors of the file system in the block, as one that says in a line what cannot be written, and why.
+
+    Args:
+        then: what becomes of it.
+
+    Raises:
+        DiffexportError: of the ``kind``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{target}: cannot be written ({why(error)}){then}") from error
+
+
+def why(error: OSError) -> str:
+    """The reason in the system's words; of several files that were copied at once, the first one's."""
+    if isinstance(error, shutil.Error) and (number := re.search(r"\[Errno (\d+)\]", str(error))):
+        return os.strerror(int(number[1]))
+    return error.strerror or str(error)
+
 
 @contextlib.contextmanager
 def replacing_file(target: Path, *, alone: bool = True) -> Iterator[Path]:
@@ -64,13 +89,20 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_left_overs(target.parent, target.name)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
-    try:
+    with scratch_folder(target) as work:
         work.chmod(0o755)
         yield work
         _put(work, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling folder for what it takes to make ``target``; a killed process's is removed by the next run."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
+    try:
+        yield folder
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(work: Path, target: Path) -> None:

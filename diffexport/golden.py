@@ -66,14 +66,14 @@ def golden_cases(
     batch = 1 if brief else _batch(spec)
     cases: Tensors = {}
     for k, (sigma, w) in enumerate(_steps(spec)):
-        start = probe_state(spec, sigma, 2 * k, range(k, k + batch))  # other labels in every step
+        start = probe_state(spec, sigma, 2 * k, range(2 * k, 2 * k + batch))
         row = mixing_row(spec, sigma, w)
         reference.begin(start.x, start.label, start.h)
         reference.step(row, start.z)
         x_next, h_next = reference.state()
         case = {"x": start.x, "h": start.h, "z": start.z, "row": row, "x_next": x_next, "h_next": h_next}
         cases.update(_named(f"step.{k}", case, start.label))
-    loop = probe_loop(spec, range(min(batch, 2)))
+    loop = probe_loop(spec, range(1, 1 + min(batch, 2)))
     looped = reference.run(loop.x, loop.label, loop.rows, loop.noise)
     case = {"x": loop.x, "rows": loop.rows, "noise": loop.noise, "x_next": looped}
     cases.update(_named("loop", case, loop.label))
@@ -231,8 +231,8 @@ def check_cases(spec: ModelSpec, cases: Tensors, decoder: DecoderSpec | None = N
     """Raise BundleError unless the cases have the shapes, labels and rows that this model's have."""
     steps, looped = _steps(spec), min(_samples(cases, "loop.x"), 2)
     batch = 1 if looped == 1 else _batch(spec)  # brief
-    samples = {f"step.{k}": range(k, k + batch) for k in range(len(steps))}
-    samples |= {"loop": range(looped), "run": range(min(_samples(cases, "run.x"), 2))}
+    samples = {f"step.{k}": range(2 * k, 2 * k + batch) for k in range(len(steps))}
+    samples |= {"loop": range(1, 1 + looped), "run": range(min(_samples(cases, "run.x"), 2))}
     shapes: dict[str, tuple[int, ...]] = {f"{case}.x": (len(indices), *spec.shape) for case, indices in samples.items()}
     for k in range(len(steps)):
         shapes |= {f"step.{k}.{name}": (batch, *spec.shape) for name in ("h", "z", "x_next", "h_next")}

@@ -56,7 +56,8 @@ class State:
 def probe_state(spec: ModelSpec, sigma: float, draw: int, samples: Sequence[int]) -> State:
     """Noise of the variance that data has at ``sigma``; a sample's numbers depend on its index and the draw alone.
 
-    A check at the K-th of ``probe_levels`` takes draw K, so that checks of a level share what PyTorch computes for it.
+    A check at the K-th of ``probe_levels`` takes draw K and begins with sample K, so that checks of a level share what
+    PyTorch computes for it, and each level has a label of its own.
     """
     x, h, z = normal(SEED, samples, [draw, draw + 100, draw + 200], spec.shape)
     return State(np.float32(math.hypot(1.0, sigma)) * x, h, z, probe_labels(spec, samples))
@@ -81,15 +82,15 @@ def mixing_row(spec: ModelSpec, sigma: float, w: float) -> Array:
 
 
 def probe_denoiser(spec: ModelSpec) -> dict[str, NDArray[Any]]:
-    """Inputs of the denoiser graph: one batch of sample 0 at every level, with guidance."""
+    """Inputs of the denoiser graph: one batch of sample K at the K-th level, each with its label, with guidance."""
     levels = probe_levels(spec)
-    x = np.concatenate([probe_state(spec, float(sigma), k, [0]).x for k, sigma in enumerate(levels)])
+    x = np.concatenate([probe_state(spec, float(sigma), k, [k]).x for k, sigma in enumerate(levels)])
     feeds: dict[str, NDArray[Any]] = {
         "x": x,
         "sigma": levels.astype(np.float32),
         "guidance": np.full(len(levels), probe_guidance(spec), np.float32),
     }
-    labels = probe_labels(spec, [0] * len(levels))
+    labels = probe_labels(spec, range(len(levels)))
     return feeds if labels is None else {**feeds, "label": labels}
 
 

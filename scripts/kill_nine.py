@@ -1,18 +1,21 @@
 """kill -9 at random moments of export, build, train, verify and sample: what is left is the old state or the new one.
 
 Each command runs in a child forked off this process, which has loaded everything already, so that moments fall into the
-command's own work and not into imports. After every kill the state is looked at; at the end the command runs once more,
-undisturbed, and the folder must hold what it holds after a run that was never killed, and nothing else.
+command's own work and not into imports. It is run once undisturbed, which says what the new state is and how long the
+command takes. Each kill then has a fresh copy of the old state and a moment drawn from that time; one that comes after the
+command's end is not counted, and drawn again. After the kill everything that is there has to be as in the old state or as
+in the new one. The command then runs again, undisturbed, and the folder must hold what it holds after a run that was never
+killed: the same bytes, the same weights, the same loss curve, and nothing temporary.
 """
 
 from __future__ import annotations
 
 import argparse
-import filecmp
 import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,12 +25,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 import diffexport
 import diffexport.exporter.write
 import diffexport.sample_folder
-from diffexport.bundle import Bundle
+from diffexport.bundle import Bundle, sha256_of
 from diffexport.engines.record import engines_of
 from diffexport.exporter.trace import trace_network
 from diffexport.schedules import DEFAULT_SCHEDULES
@@ -37,31 +41,32 @@ from diffexport_reference.dit import DiT
 from diffexport_reference.model import CondEmbedderLabel
 
 TRAINING = (
-    "--width",
-    "16",
-    "--depth",
-    "1",
-    "--heads",
-    "2",
-    "--steps",
-    "600",
-    "--batch-size",
-    "16",
-    "--save-every",
-    "20",
-)
-ENDED_BY_US = -signal.SIGKILL
+    "--width", "16", "--depth", "1", "--heads", "2", "--steps", "600", "--batch-size", "16", "--save-every", "20",
+    "--threads", "1",
+)  # fmt: skip
+
+
+Content = dict[str, object]
+"""What a folder holds: names, and what has to be equal where two are the same."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command, what makes its folder ready, and what has to hold after every kill and at the end."""
+    """A command, what makes its folder ready, and what it leaves.
+
+    Attributes:
+        units: of a folder, what has to be old or new, each by itself.
+        check: that the rest of a folder can be used; raises where it cannot.
+        results: of a folder, what does not depend on kills, beside the units.
+        ended: whether a folder is one that the command refuses to do again.
+    """
 
     words: tuple[str, ...]
     prepare: Callable[[Path], None]
-    sound: Callable[[Path], None]
-    finished: Callable[[Path, Path], None]
-    """Called with the folder of killed runs and that of one run that was left alone."""
+    units: Callable[[Path], Content]
+    check: Callable[[Path], None] = lambda _: None
+    results: Callable[[Path], Content] = lambda _: {}
+    ended: Callable[[Path], bool] = lambda _: False
 
 
 def run(words: tuple[str, ...], folder: Path) -> int:
@@ -74,9 +79,9 @@ def run(words: tuple[str, ...], folder: Path) -> int:
     sys.argv = ["diffx", *words]
     status = 1
     try:
-        with open(os.devnull, "w") as nothing, warnings.catch_warnings():
+        with open(folder.with_suffix(".said"), "w") as said, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sys.stdout = nothing
+            sys.stdout = sys.stderr = said
             diffx()
             status = 0
     except SystemExit as end:
@@ -89,7 +94,7 @@ def whole(words: tuple[str, ...], folder: Path) -> float:
     """Run a command to its end; its seconds."""
     started = time.monotonic()
     _, status = os.waitpid(run(words, folder), 0)
-    assert os.waitstatus_to_exitcode(status) == 0, f"{words} ended with {status}"
+    assert status == 0, f"{words} ended with {status}: {folder.with_suffix('.said').read_text()}"
     return time.monotonic() - started
 
 
@@ -112,77 +117,66 @@ def bundle(folder: Path, seed: int = 0) -> None:
 
 def old_bundle_new_checkpoint(folder: Path) -> None:
     bundle(folder)
-    (folder / "old.txt").write_text(Bundle.open(folder / "a.diffx").digest)
     tiny(folder / "a.pt", 1)
 
 
-def same_files(a: Path, b: Path) -> None:
-    """Two folders hold the same, but for caches, and nothing temporary."""
-    held = [{str(p.relative_to(f)) for p in f.rglob("*") if p.is_file() and "cache" not in p.parts} for f in (a, b)]
-    assert held[0] == held[1], held[0] ^ held[1]
-    temporary = list(a.rglob(".*"))
-    assert not temporary, temporary
-    differing = [name for name in held[0] if name.endswith((".diffx", ".onnx", ".bin", ".png", ".safetensors"))]
-    assert all(filecmp.cmp(a / name, b / name, shallow=False) for name in differing)
+def digests(folder: Path) -> Content:
+    """Every file under a folder that is not a temporary one."""
+    return {str(p.relative_to(folder)): sha256_of(p) for p in folder.rglob("[!.]*") if p.is_file()}
 
 
-def sound_bundle(folder: Path) -> None:
+def bundle_as_one(folder: Path) -> Content:
     Bundle.open(folder / "a.diffx").certificate()
-    visible = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    assert visible <= {"a.pt", "a.diffx", "old.txt", "cache", "samples"}, visible
+    return {"a.diffx": digests(folder / "a.diffx")}
 
 
-def sound_engines(folder: Path) -> None:
-    sound_bundle(folder)
-    engines, problems = engines_of(Bundle.open(folder / "a.diffx"))
+def engines(folder: Path) -> Content:
+    """Each engine with its record, but for the figures of one build, beside the bundle."""
+    opened = Bundle.open(folder / "a.diffx")
+    found, problems = engines_of(opened)
     assert not problems, problems
-    for engine in engines:
+    for engine in found:
         engine.check_file()
+    records = [msgspec.structs.replace(e.record, build_seconds=0.0, peak_memory=0) for e in found]
+    return {"a.diffx": opened.digest} | {record.key.folder: record for record in records}
 
 
-def same_engines(a: Path, b: Path) -> None:
-    sound_engines(a)
-    found = [sorted(p.name for p in (f / "a.diffx" / "engines").iterdir()) for f in (a, b)]
-    assert found[0] == found[1], found
+def trained(folder: Path) -> Content:
+    if not (folder / "t.pt").exists():
+        return {}
+    load_checkpoint(folder / "t.pt")
+    weights = torch.load(folder / "t.pt", weights_only=True)["state_dict"]
+    return {"t.pt": {name: value.numpy().tobytes() for name, value in weights.items()}}
 
 
-def sound_training(folder: Path) -> None:
-    if (folder / "t.pt").exists():
-        load_checkpoint(folder / "t.pt")
+def check_state(folder: Path) -> None:
     if (folder / "t.pt.state").exists():
         torch.load(folder / "t.pt.state", weights_only=True)
 
 
-def same_training(a: Path, b: Path) -> None:
-    same_files(a, b)
-    weights = [torch.load(folder / "t.pt", weights_only=True)["state_dict"] for folder in (a, b)]
-    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    curves = [[json.loads(line) for line in (f / "t.log").read_text().splitlines()] for f in (a, b)]
-    assert [line for line in curves[0] if "loss" in line] == [line for line in curves[1] if "loss" in line]
+def training_ended(folder: Path) -> bool:
+    return (folder / "t.pt").exists() and not (folder / "t.pt.state").exists()
 
 
-def sound_samples(folder: Path) -> None:
-    from PIL import Image
+def loss_curve(folder: Path) -> Content:
+    lines = [json.loads(line) for line in (folder / "t.log").read_text().splitlines()]
+    assert not (folder / "t.pt.state").exists()
+    return {"t.log": [line for line in lines if "loss" in line]}
 
-    for path in (folder / "samples").glob("[!.]*.png"):
-        with Image.open(path) as picture:
-            assert picture.size == (8, 8)
+
+def pictures(folder: Path) -> Content:
+    return digests(folder / "samples")
 
 
 COMMANDS = {
-    "export": Command(("export", "a.pt", "--max-batch", "2"), old_bundle_new_checkpoint, sound_bundle, same_files),
-    "build": Command(
-        ("build", "a.diffx", "--backend", "trt-rtx", "--target", "sm86", "--batch", "1", "--force"), bundle, sound_engines,
-        same_engines,
-    ),
+    "export": Command(("export", "a.pt", "--max-batch", "2"), old_bundle_new_checkpoint, bundle_as_one),
+    "build": Command(("build", "a.diffx", "--backend", "trt-rtx", "--target", "sm86", "--batch", "1"), bundle, engines),
     "train": Command(
-        ("train", "digits", "--out", "t.pt", "--log", "t.log", "--threads", "1", *TRAINING), lambda _: None,
-        sound_training, same_training,
+        ("train", "digits", "--out", "t.pt", "--log", "t.log", *TRAINING),
+        lambda _: None, trained, check_state, loss_curve, training_ended,
     ),
-    "verify": Command(("verify", "a.diffx"), bundle, sound_bundle, same_files),
-    "sample": Command(
-        ("sample", "a.diffx", "--num", "300", "--steps", "10", "--out", "samples/"), bundle, sound_samples, same_files
-    ),
+    "verify": Command(("verify", "a.diffx"), bundle, bundle_as_one),
+    "sample": Command(("sample", "a.diffx", "--num", "300", "--steps", "10", "--out", "samples/"), bundle, pictures),
 }  # fmt: skip
 
 
@@ -195,40 +189,79 @@ def load_everything() -> None:
         trace_network(*load_checkpoint(Path(folder) / "a.pt"))
 
 
+@dataclass
+class Tally:
+    """Kills of a command, and what they left."""
+
+    counted: int = 0
+    after_the_end: int = 0
+    """Not counted."""
+    old: int = 0
+    new: int = 0
+    between: int = 0
+    """Some units old and some new."""
+    temporary: int = 0
+
+
 def kill(name: str, count: int, seed: int) -> str:
     """Kill a command so many times; a row of the table."""
-    command, moment = COMMANDS[name], random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="diffx-kill-") as folder:
-        alone, killed = Path(folder) / "alone", Path(folder) / "killed"
-        for place in (alone, killed):
-            place.mkdir()
-            command.prepare(place)
+    command, moment, tally = COMMANDS[name], random.Random(seed), Tally()
+    with tempfile.TemporaryDirectory(prefix="diffx-kill-") as place:
+        before, alone, killed = (Path(place) / name for name in ("before", "alone", "killed"))
+        before.mkdir()
+        command.prepare(before)
+        shutil.copytree(before, alone)
         seconds = whole(command.words, alone)
-        by_us, left = 0, 0
-        for _ in range(count):
+        old, new, results = command.units(before), command.units(alone), command.results(alone)
+        while tally.counted < count:
+            shutil.copytree(before, killed)
             child = run(command.words, killed)
-            time.sleep(moment.uniform(0, seconds if name != "train" else seconds / 20))
+            time.sleep(moment.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-            by_us += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ENDED_BY_US
-            left += any(killed.rglob(".*"))
-            command.sound(killed)
-            if name == "train" and (killed / "t.pt").exists():
-                for path in killed.glob("t.*"):
-                    path.unlink()
-        whole(command.words, killed)
-        command.finished(killed, alone)
-    return f"| {name} | {count} | {by_us} | {left} | {seconds:.1f} |"
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+                look(command, killed, old, new, tally)
+                if not command.ended(killed):
+                    whole(command.words, killed)
+                assert command.units(killed) == new
+                assert command.results(killed) == results
+                temporary = list(killed.rglob(".*"))
+                assert not temporary, temporary
+                assert {p.name for p in killed.iterdir()} == {p.name for p in alone.iterdir()}
+            else:
+                tally.after_the_end += 1
+                assert tally.after_the_end < 10 + 2 * count, "the command takes less time than when it was measured"
+            shutil.rmtree(killed)
+    return f"| {name} | {seconds:.1f} | " + " | ".join(str(number) for number in vars(tally).values()) + " |"
+
+
+def look(command: Command, folder: Path, old: Content, new: Content, tally: Tally) -> None:
+    """See that a kill left what it may leave, and count it."""
+    found = command.units(folder)
+    for unit in found.keys() | old.keys() | new.keys():
+        assert found.get(unit) in (old.get(unit), new.get(unit)), f"{unit} is neither as it was nor as it should be"
+    command.check(folder)
+    tally.counted += 1
+    if found == old:
+        tally.old += 1
+    elif found == new:
+        tally.new += 1
+    else:
+        tally.between += 1
+    tally.temporary += any(folder.rglob(".*"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10, help="kills of each command")
+    parser.add_argument("--count", type=int, default=50, help="kills of each command")
     parser.add_argument("--command", action="append", choices=COMMANDS, help="only this one; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     load_everything()
-    print("| command | kills | before its end | left temporary files | s, undisturbed |\n|---|---|---|---|---|")
+    print(
+        "| command | s, undisturbed | kills | after its end, not counted | old state | new state | part of it | temporary |"
+    )
+    print("|---" * 8 + "|")
     for name in given.command or COMMANDS:
         print(kill(name, given.count, given.seed), flush=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from mending import rehash
+from refusals import assert_refused
 
 import diffexport
 from diffexport.bundle import (
@@ -302,3 +304,14 @@ def test_left_overs_of_a_killed_process_are_removed_by_the_next(tmp_path):
 def test_every_error_of_the_library_is_in_one_tree():
     for kind in (BundleError, ExportError, ParityError, ShapeError):
         assert issubclass(kind, DiffexportError)
+
+
+def test_every_backend_that_is_named_is_checked(toy_bundle, diffx):
+    """The last one alone was, and nothing said so."""
+    path = toy_bundle("plain").path
+    named = ("--backend", "openvino", "--backend", "ort", "--backend", "openvino")
+    status, out, _ = diffx("verify", path, *named)
+    assert status == 0
+    assert re.findall(r"golden cases on (\w+)", out) == ["openvino", "ort"]
+    assert_refused(diffx("verify", path, "--backend", "ortt", "--backend", "ort"), "did you mean 'ort'")
+    assert_refused(diffx("verify", path, "--backend", "ortt", "--backend", "all"), "did you mean 'ort'")

@@ -17,7 +17,8 @@ from mending import edit_json, rehash
 import diffexport
 from diffexport import comparison, probes
 from diffexport.backends import onnxruntime as ort
-from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, read_tensors, write_tensors
+from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, Bundle, read_tensors, write_tensors
+from diffexport.engines.build import build
 from diffexport.errors import ParityError
 from diffexport.exporter import compose, graphs, trace
 from diffexport.verification import verify
@@ -237,7 +238,18 @@ EXPORT = {
     "wrong shift of latents": ("decoded", decoder_of(shift=0.0)),
     "samples of a batch that are not independent": ("mixing", _nothing),
     "a weight that is NaN": ("nan", _nothing),
+    "fp16 overflow": ("overflow", _nothing),
 }
+IN_HALF = ("overflow",)
+
+
+def _scale_hidden(mlp, factor):
+    """Hidden values of an MLP as many times as large, beyond what half holds, and its result what it was."""
+    first, _, second = mlp
+    with torch.no_grad():
+        first.weight.mul_(factor)
+        first.bias.mul_(factor)
+        second.weight.div_(factor)
 
 
 @pytest.fixture
@@ -249,10 +261,12 @@ def model(toy, toy_decoder):
             return *toy("variance"), toy_decoder()
         torch.manual_seed(0)
         spec = toy("plain")[1]
-        if name == "dit":
+        if name in ("dit", "overflow"):
             network = DiT(8, 2, patch_size=2, depth=1, head_dim=8, num_heads=2, cond_embed=CondEmbedderLabel(16, 5))
             for parameter in network.parameters():  # final layers start at zero, where nothing can be seen
                 torch.nn.init.normal_(parameter, std=0.3)
+            if name == "overflow":
+                _scale_hidden(network.blocks[0].mlp, 4e4)
             return network.eval(), msgspec.structs.replace(spec, shape=(2, 8, 8)), None
         others = {"mixing": Mixing, "nan": Unknown}
         return (others[name]().eval(), spec, None) if name in others else (*toy(name), None)
@@ -285,7 +299,8 @@ def test_export_refuses(name, brief, model, traces, tmp_path, monkeypatch):
     plant(monkeypatch)
     module, spec, decoder = model(what)
     with pytest.raises(ParityError, match="parity checks failed"):
-        diffexport.export(module, spec, tmp_path / "bad.diffx", decoder=decoder, max_batch=3)
+        precision = "fp16" if what in IN_HALF else "fp32"
+        diffexport.export(module, spec, tmp_path / "bad.diffx", decoder=decoder, precision=precision, max_batch=3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -370,6 +385,13 @@ def _pretend(c):
     c["measurements"][0]["relative_l2"] = 0.5
 
 
+def _stale_engine(path, other, patch):
+    """A real engine, built by TensorRT for RTX from the other model."""
+    bundle = Bundle.open(shutil.copytree(other, path.with_name("other.diffx")))
+    build(bundle, "trt-rtx", targets=["sm86"], batches="1", graphs=["step"])
+    shutil.copytree(bundle.path / "engines", path / "engines")
+
+
 def _keep_labels(begin):
     """The labels of the first batch stay for the next one of its size."""
 
@@ -398,7 +420,11 @@ def _always_plain(session):
 
 VERIFY = {
     "weights of another model": (replaced(WEIGHTS), GOLDEN_ORT),
-    "swapped label embeddings": (lambda path, other, patch: _swap_embeddings(path), GOLDEN_ORT),
+    "swapped label embeddings": (lambda path, other, patch: _swap_embeddings(path, "step.onnx", 0, 1), GOLDEN_ORT),
+    "swapped label embeddings of the denoiser": (
+        lambda path, other, patch: _swap_embeddings(path, "denoiser.onnx", 1, 2),
+        OTHER,
+    ),
     "guidance left out": (_plain_graph_for_guided_rows, GOLDEN_ORT),
     "loop of another model": (lambda path, other, patch: _of_other(path, other, "sampler.onnx"), GOLDEN_ORT),
     "denoiser of another model": (lambda path, other, patch: _of_other(path, other, "denoiser.onnx"), OTHER),
@@ -415,6 +441,7 @@ VERIFY = {
     "a reversed schedule": (model_of_manifest(schedule={"kind": "loglinear", "start": 10.0, "end": 0.02}), "files"),
     "one class too few": (model_of_manifest(num_classes=4), GOLDEN_ORT),
     "one class too many": (model_of_manifest(num_classes=6), GOLDEN_ORT),
+    "a stale engine": (_stale_engine, "engines"),
     "a manifest changed afterwards": (lambda path, other, patch: edit_json(path / MANIFEST, _rename), "certificate"),
     "a certificate of another bundle": (
         lambda path, other, patch: shutil.copy(other / CERTIFICATE, path / CERTIFICATE),
@@ -459,15 +486,17 @@ def _of_other(path, other, graph):
     rehash(path, graph)
 
 
-def _swap_embeddings(path):
+def _swap_embeddings(path, graph, a, b):
     import onnx
 
-    model = onnx.load(path / "step.onnx")
+    model = onnx.load(path / graph)
     (table,) = [t for t in model.graph.initializer if list(t.dims) == [6, 16]]
-    values = onnx.numpy_helper.to_array(table)[[1, 0, 2, 3, 4, 5]]
+    order = list(range(6))
+    order[a], order[b] = b, a
+    values = onnx.numpy_helper.to_array(table)[order]
     table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
-    (path / "step.onnx").write_bytes(model.SerializeToString())
-    rehash(path, "step.onnx")
+    (path / graph).write_bytes(model.SerializeToString())
+    rehash(path, graph)
 
 
 @pytest.fixture(scope="module")

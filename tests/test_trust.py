@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import assert_refused
 
+import diffexport
 from diffexport import files
+from diffexport.bundle import Bundle
 from diffexport.files import replacing_folder
 
 ROOT = Path(__file__).parent.parent
@@ -126,15 +129,80 @@ def test_what_a_killed_process_was_replacing_is_put_back(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.diffx"]
 
 
+SCRATCH = """
+import os, sys
+from pathlib import Path
+from conftest import TOYS
+import diffexport
+def progress(what, part):
+    if sum(name.startswith(".") for name in os.listdir()) == 2:
+        os._exit(9)
+build, spec = TOYS["plain"]
+diffexport.export(build().eval(), spec, "a.diffx", precision="int8", max_batch=1, progress=progress)
+"""
+
+
+def test_all_that_an_export_to_int8_leaves_goes_with_the_next_run(toy, tmp_path):
+    """It has a second temporary folder, for what is measured of each layer; it ends here as kill -9 would end it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRATCH], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 9
+    assert [path.name[:9] for path in tmp_path.iterdir()] == [".a.diffx."] * 2
+    diffexport.export(*toy("plain"), tmp_path / "a.diffx", max_batch=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.diffx"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["export", "train", "sample"])
-def test_kill_minus_nine_leaves_the_old_or_the_new(command):
-    """Two moments; scripts/kill-nine takes ten, and all commands."""
-    script = [sys.executable, "-W", "ignore", ROOT / "scripts" / "kill_nine.py", "--count", "2", "--command", command]
+def test_of_two_exports_to_one_place_both_end_well(tmp_path):
+    """Real commands at once: one wins, and the bundle is the one that one of them alone writes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    weights = ROOT / "tests" / "oracles" / "sd_mlp.safetensors"
+    facts = "--max-batch", "2", "--no-scaled", "--schedule", "ddpm"
+    runs = [("a.diffx", "eps"), ("a.diffx", "x0"), ("eps.diffx", "eps"), ("x0.diffx", "x0")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", "from diffexport_cli.app import main; main()", "export", weights,
+             "--out", out, "--prediction", prediction, *facts],
+            cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+        )
+        for out, prediction in runs
+    ]  # fmt: skip
+    assert [(process.communicate(timeout=300), process.returncode)[1] for process in processes] == [0] * 4
+    assert sorted(os.listdir(tmp_path)) == ["a.diffx", "eps.diffx", "x0.diffx"]
+    both, eps, x0 = (
+        {
+            path.name: path.read_bytes()
+            for path in (tmp_path / name).iterdir()
+            if path.suffix in (".onnx", ".safetensors")
+        }
+        for name in sorted(os.listdir(tmp_path))
+    )
+    assert eps != x0
+    assert both in (eps, x0)
+    assert all(finding.passed for finding in diffexport.verify(tmp_path / "a.diffx"))
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_leaves_the_old_or_the_new():
+    """One moment of each command; scripts/kill-nine takes fifty."""
+    script = [sys.executable, "-W", "ignore", ROOT / "scripts" / "kill_nine.py", "--count", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"| {command} | 2 |" in done.stdout
+    assert re.findall(r"^\| (\w+) \| [\d.]+ \| 1 \|", done.stdout, re.MULTILINE) == [
+        "export", "build", "train", "verify", "sample",
+    ]  # fmt: skip
+
+
+def test_what_the_system_says_of_a_file_is_one_line(diffx, toy_bundle, monkeypatch):
+    """Where nothing better is said of it, such as weights that only another user may read."""
+
+    def refuse(path, *rest):
+        raise PermissionError(13, "Permission denied", "weights\x1b[2J.bin")
+
+    monkeypatch.setattr(Bundle, "open", refuse)
+    result = diffx("inspect", toy_bundle("plain").path)
+    assert_refused(result, "diffx: error: weights\\x1b[2J.bin: Permission denied")
 
 
 # --- what comes with it

@@ -51,12 +51,15 @@ def options(
 def main() -> None:
     """Run the command line. Exit status: 0 well, 1 an error or a failed check, 2 a wrong call, 130 interrupted."""
     from diffexport.errors import DiffexportError
+    from diffexport.files import why
 
     try:
         app()
-    except DiffexportError as error:
+    except (DiffexportError, OSError) as error:
         if os.environ.get("DIFFX_DEBUG"):
             raise
+        if isinstance(error, OSError):  # where nothing better was to be said of it
+            error = DiffexportError(f"{error.filename}: {why(error)}" if error.filename else why(error))
         print(f"diffx: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

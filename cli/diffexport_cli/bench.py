@@ -50,7 +50,7 @@ def bench(
     from diffexport.bench_report import markdown, save_chart
     from diffexport.bundle import Bundle
     from diffexport.errors import BackendError
-    from diffexport.files import replacing_file
+    from diffexport.files import replacing_file, writing
     from diffexport_cli.checkpoint import read_checkpoint_of
     from diffexport_cli.output import find_bundle, print_json
 
@@ -78,14 +78,14 @@ def bench(
         if not contenders:
             raise BackendError(f"--only {only}: nothing has such a name")
         report = measure(opened, contenders, batches, seconds=seconds, gflop=gflop, progress=progress)
-    if chart is not None:
-        with replacing_file(chart) as work:
-            save_chart(report, work)
     if json:
         print_json(report.as_dict())
     else:
         print(markdown(report), end="")
-        if chart is not None:
+    if chart is not None:
+        with writing(chart), replacing_file(chart) as work:
+            save_chart(report, work)
+        if not json:
             print(f"\nwrote {chart}")
 
 

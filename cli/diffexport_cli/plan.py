@@ -80,15 +80,11 @@ def _plot(table: Plan, path: Path) -> None:
     """Sigma on a logarithmic scale, and every column of the update and of guidance that is not 0 throughout."""
     import numpy as np
 
-    from diffexport.errors import DiffexportError
-    from diffexport.files import replacing_file
+    from diffexport.files import replacing_file, writing
     from diffexport.pictures import panels
     from diffexport.plan import COLUMNS
 
     shown = [name for name in ("w", "x_x", "x_d", "x_h", "x_z") if table.rows[:, COLUMNS.index(name)].any()]
     series = {name: table.rows[:, COLUMNS.index(name)].tolist() for name in shown}
-    try:
-        with replacing_file(path) as work:
-            panels({"log10 sigma": np.log10(table.sigmas).tolist(), **series}).save(work, format="PNG")
-    except OSError as error:
-        raise DiffexportError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing(path), replacing_file(path) as work:
+        panels({"log10 sigma": np.log10(table.sigmas).tolist(), **series}).save(work, format="PNG")

@@ -235,10 +235,10 @@ class _Frames:
             self.frames.append(Frame(sigma, x / np.float32(scale), denoised))
 
     def write(self) -> str:
-        from diffexport.files import replacing_file
+        from diffexport.files import replacing_file, writing
         from diffexport.pictures import save_trajectory
 
-        with replacing_file(self.path) as work:
+        with writing(self.path), replacing_file(self.path) as work:
             save_trajectory(self.frames, work, self.kind)
         return str(self.path)
 
@@ -323,8 +323,7 @@ def _write(
     """Write what was asked for; the paths, in order."""
     import numpy as np
 
-    from diffexport.errors import DiffexportError
-    from diffexport.files import replacing_file
+    from diffexport.files import replacing_file, writing
     from diffexport.pictures import save_samples
 
     arrays: dict[str, Any] = {"x": x} if labels is None else {"x": x, "labels": np.array(labels, np.int64)}
@@ -332,17 +331,12 @@ def _write(
         arrays["images"] = images
     names = [spec.label_name(k) for k in labels] if labels is not None else None
     written = []
-    try:
-        if out is not None:
-            with replacing_file(out) as work:
-                save_samples(x if images is None else images, work, names, columns)
-            written.append(str(out))
-        if npz is not None:
-            with replacing_file(npz) as work, work.open("wb") as file:
-                np.savez(file, **arrays)
-            written.append(str(npz))
-    except OSError as error:
-        raise DiffexportError(
-            f"{error.filename or out or npz}: cannot be written ({error.strerror or error})"
-        ) from error
+    if out is not None:
+        with writing(out), replacing_file(out) as work:
+            save_samples(x if images is None else images, work, names, columns)
+        written.append(str(out))
+    if npz is not None:
+        with writing(npz), replacing_file(npz) as work, work.open("wb") as file:
+            np.savez(file, **arrays)
+        written.append(str(npz))
     return written

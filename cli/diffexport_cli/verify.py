@@ -14,7 +14,10 @@ def verify(
     bundle: Annotated[
         Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
     ] = None,
-    backend: Annotated[str, typer.Option(help="Backend to run the golden cases on, or all.")] = "ort",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Backend to run the golden cases on, or all. Repeatable.", show_default="ort"),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="What the backend computes in, as `diffx sample` takes it.", metavar="P")
     ] = None,
@@ -41,7 +44,7 @@ def verify(
     from diffexport_cli.checkpoint import read_checkpoint_of, read_decoder
     from diffexport_cli.output import find_bundle, print_json
 
-    path = find_bundle(bundle)
+    path, named = find_bundle(bundle), backend or ["ort"]
     if vae is not None and against is None:
         raise DiffexportError("--vae compares the decoder beside the checkpoint; give --against CKPT too")
     with progress_bar("verifying") as progress:
@@ -51,7 +54,7 @@ def verify(
         usable = [name for name, entry in BACKENDS.items() if entry.problem() is None and (name != "torch" or found)]
         findings = verify_bundle(
             path,
-            usable if backend == "all" else [backend],
+            list(dict.fromkeys(name for given in named for name in (usable if given == "all" else [given]))),
             options={"precision": precision} if precision else None,
             module=found.module if found else None,
             spec=found.spec if found else None,

@@ -132,9 +132,9 @@ def _load_optimized(path: Path, threads: int | None, rounded: bool, key: str) ->
         return put("ort", key, lambda work: _optimize_safely(path, threads, rounded, work))
 
     for find in (kept, made):  # a damaged entry is made anew
-        entry = find()
-        if entry is not None:
-            with contextlib.suppress(BackendError):
+        with contextlib.suppress(BackendError):  # which ONNX Runtime also raises where it cannot write
+            entry = find()
+            if entry is not None:
                 return _load_as_is(entry / _OPTIMIZED, threads)
     return load_graph(path, threads, rounded=rounded)
 

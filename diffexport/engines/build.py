@@ -34,7 +34,7 @@ from diffexport.engines.record import (
 )
 from diffexport.engines.worker import Job, Report
 from diffexport.errors import BackendError, EngineError
-from diffexport.files import remove_left_overs, replacing_folder
+from diffexport.files import remove_left_overs, replacing_folder, writing
 
 Progress = Callable[[str], None]
 """Called with what is being done; how long a build takes is not known beforehand."""
@@ -118,13 +118,11 @@ def build(
         for graph in _graphs(bundle, graphs)
     ]
     folder = bundle.path / FOLDER
-    try:
+    with writing(folder, EngineError):
         folder.mkdir(exist_ok=True)
         remove_left_overs(folder)
         found, _ = engines_of(bundle)
         results = [_build(bundle, product, key, found, force, progress or (lambda _what: None)) for key in keys]
-    except OSError as error:
-        raise EngineError(f"{folder}: cannot be written ({error.strerror or error})") from error
     for engine in found:  # they can never run again
         if stale(bundle, engine):
             shutil.rmtree(engine.path)
@@ -225,7 +223,7 @@ def _run_worker(job: Job, folder: Path, out: Path, progress: Progress) -> Report
             child.kill()
     if last.error is not None:
         raise EngineError(last.error)
-    if last.network is None or last.size != out.stat().st_size:
+    if child.returncode or last.network is None or last.size != out.stat().st_size:
         raise EngineError(
             f"{name}: the building process ended with status {child.returncode} while {last.doing or 'starting'}"
             + (f" ({said})" if said else "")

@@ -28,6 +28,7 @@ from diffexport.engines.products import PRODUCTS
 from diffexport.engines.profiles import input_ranges
 from diffexport.engines.record import EngineKey, Network
 from diffexport.errors import DiffexportError, EngineError
+from diffexport.files import writing
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,8 +87,9 @@ def engine_from_onnx(trt: Any, job: Job, say: Callable[[Report], None], out: Bin
     if engine is None:
         raise EngineError(f"{path.name}: TensorRT cannot build it ({logger.why()})")
     say(Report(doing="writing the engine"))
-    out.write(engine)
-    out.flush()
+    with writing(Path(f"engine of {path.name}"), EngineError):
+        out.write(engine)
+        out.flush()
     return Report(
         network=described, size=engine.nbytes, seconds=time.perf_counter() - started, peak_memory=_peak_memory()
     )
@@ -155,8 +157,12 @@ def _fix_addresses() -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin open for as long as it lives."""
-    sys.stdin.buffer.read()
+    """The parent holds the other end of stdin open for as long as it lives.
+
+    Not ``sys.stdin.read``, which would hold a lock that the interpreter needs to end well.
+    """
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 

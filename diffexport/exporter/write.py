@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +34,7 @@ from diffexport.bundle import (
 )
 from diffexport.comparison import Progress, scope_of
 from diffexport.errors import ExportError, ParityError
-from diffexport.files import replacing_folder
+from diffexport.files import replacing_folder, scratch_folder, writing
 from diffexport.parity import check
 from diffexport.plan import default_sampler, ready_plans
 from diffexport.spec import DecoderSpec, ModelSpec
@@ -135,53 +134,48 @@ def export(
     certifier = Certifier(reference, spec, decoder is not None, precision, scope, defaults, report)
     graphs: list[str] = []
     keep, auto = tuple(pattern for pattern in keep_fp32 if pattern != AUTO), AUTO in keep_fp32
-    try:
-        with replacing_folder(out) as work:
+    with writing(out, ExportError, "; nothing was left behind"), replacing_folder(out) as work:
 
-            def attempt(trace: Callable[[], Traced], layers: Sequence[str]) -> Certificate:
-                graphs[:] = write_graphs(trace(), work, precision, layers)
-                return certifier.certify(work)
+        def attempt(trace: Callable[[], Traced], layers: Sequence[str]) -> Certificate:
+            graphs[:] = write_graphs(trace(), work, precision, layers)
+            return certifier.certify(work)
 
-            if precision == "int8":
-                plan = default_plan(spec, defaults, guided=True)
-                with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}-") as folder:
-                    quantizer = _quantizer(module, traced(), plan, Path(folder), keep, report)
-                    keep, certificate = _with_int8(quantizer, keep, int8_psnr, attempt, report)
-            else:
-                certificate = attempt(traced, keep)
-            advice = ""
-            if not certificate.passed and precision in HALF and (auto or not allow_mismatch):
-                with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}-") as folder:
-                    spilled = traced().spilled(Path(folder))
-                    if auto:
-                        keep, certificate = _with_islands(spilled, precision, keep, certificate, attempt, report)
-                    else:
-                        advice = _advice(spilled, precision)
-            if not certificate.passed and not allow_mismatch:
-                _refuse(certificate, advice)
-            write_tensors(work / PLANS, ready)
-            listed = (WEIGHTS, *(f"{name}.onnx" for name in graphs), PLANS, GOLDEN)
-            manifest = Manifest(
-                schema=SCHEMA,
-                name=out.name.removesuffix(SUFFIX),
-                model=spec,
-                precision=precision,
-                keep_fp32=keep,
-                parameters=parameters_of(module),
-                max_batch=max_batch,
-                defaults=defaults,
-                source=weights_digest(module),
-                files={name: entry_of(work / name) for name in listed},
-                tools={
-                    name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")
-                },
-                decoder=_entry_of_decoder(*decoder) if decoder is not None else None,
-            )
-            write_json(work / MANIFEST, manifest)
-            certificate = msgspec.structs.replace(certificate, manifest_sha256=sha256_of(work / MANIFEST))
-            write_json(work / CERTIFICATE, certificate)
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+        if precision == "int8":
+            plan = default_plan(spec, defaults, guided=True)
+            with scratch_folder(out) as folder:
+                quantizer = _quantizer(module, traced(), plan, folder, keep, report)
+                keep, certificate = _with_int8(quantizer, keep, int8_psnr, attempt, report)
+        else:
+            certificate = attempt(traced, keep)
+        advice = ""
+        if not certificate.passed and precision in HALF and (auto or not allow_mismatch):
+            with scratch_folder(out) as folder:
+                spilled = traced().spilled(folder)
+                if auto:
+                    keep, certificate = _with_islands(spilled, precision, keep, certificate, attempt, report)
+                else:
+                    advice = _advice(spilled, precision)
+        if not certificate.passed and not allow_mismatch:
+            _refuse(certificate, advice)
+        write_tensors(work / PLANS, ready)
+        listed = (WEIGHTS, *(f"{name}.onnx" for name in graphs), PLANS, GOLDEN)
+        manifest = Manifest(
+            schema=SCHEMA,
+            name=out.name.removesuffix(SUFFIX),
+            model=spec,
+            precision=precision,
+            keep_fp32=keep,
+            parameters=parameters_of(module),
+            max_batch=max_batch,
+            defaults=defaults,
+            source=weights_digest(module),
+            files={name: entry_of(work / name) for name in listed},
+            tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+            decoder=_entry_of_decoder(*decoder) if decoder is not None else None,
+        )
+        write_json(work / MANIFEST, manifest)
+        certificate = msgspec.structs.replace(certificate, manifest_sha256=sha256_of(work / MANIFEST))
+        write_json(work / CERTIFICATE, certificate)
     report("done", 1.0)
     return Bundle.open(out)
 

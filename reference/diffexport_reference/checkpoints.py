@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffexport.errors import CheckpointError, SpecError
-from diffexport.files import replacing_file
+from diffexport.files import replacing_file, writing
 from diffexport.spec import ModelSpec, Variance
 from diffexport_reference.facts import (
     FLAGS,
@@ -118,11 +118,24 @@ def save_checkpoint(
         "state_dict": {name: value.detach().cpu().clone() for name, value in state_dict.items()},
         "training": _plain(training),
     }
-    try:
-        with replacing_file(Path(path)) as work:
-            torch.save(content, work)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    save_whole(content, Path(path))
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """``torch.save`` that leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with writing(path, CheckpointError), replacing_file(path) as work, work.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(
+                error.__context__, OSError
+            ):  # of a full disk PyTorch itself says no more than "unexpected pos"
+                raise error.__context__ from None
+            raise
 
 
 def _told(spec: ModelSpec) -> dict[str, Any]:

@@ -5,10 +5,11 @@ N samples; a sample is (C, H, W) for images and (D,) for points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from diffexport.errors import DiffexportError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Layout = Literal["nchw", "nhwc"]
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"))
@@ -150,21 +154,28 @@ class ImageFiles(Dataset[Tensor]):
     def __getitem__(self, i: int) -> Tensor:
         from PIL import Image, ImageOps
 
-        path = self.paths[i]
-        try:
-            with Image.open(path) as opened:
-                image: Image.Image = opened
-                if image.mode == "I;16":  # Pillow would clip 16 bits to 255, not scale them
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = image.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as e:
-            raise DiffexportError(f"{path}: not a readable image ({e}); remove it or replace it") from e
+        with _opened(self.paths[i]) as image:
+            if image.mode == "I;16":  # Pillow would clip 16 bits to 255, not scale them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if self.channels == 1 else "RGB")
         if self.image_size is not None:
             image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
         return _pixels(image)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; whatever Pillow cannot read of it, also in the block, is an error that names it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise DiffexportError(f"{path}: not a readable image ({e}); remove it or replace it") from e
 
 
 def load_data(name_or_path: str | Path, *, image_size: int | None = None, layout: Layout | None = None) -> LoadedData:
@@ -253,17 +264,12 @@ def _is_image(path: Path) -> bool:
 
 def _common_shape(paths: Sequence[Path], image_size: int | None) -> tuple[int, tuple[int, int, int]]:
     """Channels and shape of all images, from their headers alone; colour where one of them has colour."""
-    from PIL import Image
-
     grey = True
     size: tuple[int, int] | None = None
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                grey = grey and image.mode in GREY_MODES
-                found = image.size
-        except (OSError, ValueError, SyntaxError) as e:
-            raise DiffexportError(f"{path}: not a readable image ({e}); remove it or replace it") from e
+        with _opened(path) as image:
+            grey = grey and image.mode in GREY_MODES
+            found = image.size
         if image_size is None and size is not None and found != size:
             raise DiffexportError(
                 f"{path}: {found[0]}x{found[1]}, but {paths[0].name} is {size[0]}x{size[1]}; "

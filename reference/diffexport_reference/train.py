@@ -6,13 +6,12 @@ file ends with the same weights as one that was never interrupted, and no genera
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from diffexport.errors import CheckpointError, DiffexportError
-from diffexport.files import replacing_file
+from diffexport.files import replacing_file, writing
 from diffexport.schedules import schedule_sigmas
 from diffexport.spec import ModelSpec
-from diffexport_reference.checkpoints import save_checkpoint
+from diffexport_reference.checkpoints import save_checkpoint, save_whole
 from diffexport_reference.data import LoadedData, load_data
 from diffexport_reference.recipe import (
     Network,
@@ -100,7 +99,7 @@ def train(
     require(save_every >= 1, f"save every {save_every}: expected at least 1 step")
     require(threads is None or threads >= 1, f"threads {threads}: expected at least 1")
     require(not out.is_dir(), f"{out}: is a folder; give the name of a file")
-    with _writing(out):
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     require(os.access(out.parent, os.W_OK), f"{out}: cannot be written, its folder is read-only")
     if threads is not None:
@@ -254,19 +253,16 @@ class _Run:
     def _save(self, done: int) -> None:
         if not self.main:
             return
-        with _writing(self.path), replacing_file(self.path) as work:
-            torch.save(
-                {
-                    "format": STATE_FORMAT,
-                    "config": self._identity(),
-                    "step": done,
-                    "model": self.module.state_dict(),
-                    "averaged": self.averaged,
-                    "optimizer": self.optimizer.state_dict(),
-                    "recent": torch.stack(self.recent),
-                },
-                work,
-            )
+        content = {
+            "format": STATE_FORMAT,
+            "config": self._identity(),
+            "step": done,
+            "model": self.module.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+            "recent": torch.stack(self.recent),
+        }
+        save_whole(content, self.path)
 
     def resume(self) -> int:
         """Take up what the state file holds; the step to go on from, 0 without a file.
@@ -331,25 +327,23 @@ class _Log:
         lines = [json.dumps(head)]
         if first and self.path.exists():
             old = self.path.read_text(encoding="utf-8").splitlines()
-            lines = [line for line in old if not line.startswith('{"step": ') or json.loads(line)["step"] <= first]
+            lines = [line for line in old if _step(line) <= first]
             lines.append(json.dumps({"continued_from": first}))
-        with _writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with writing(self.path), replacing_file(self.path) as work:
+            work.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
         if self.path is not None:
-            with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Errors of writing ``path`` as one that a user understands."""
+def _step(line: str) -> float:
+    """The step that a line of a log is of, 0 of its head; beyond all where the line was cut off by a full disk."""
     try:
-        yield
-    except (OSError, RuntimeError) as e:  # torch.save raises the second where the disk is full
-        raise DiffexportError(f"{path}: cannot be written ({e})") from e
+        return int(json.loads(line).get("step", 0))
+    except ValueError:
+        return math.inf
 
 
 def _head(config: TrainConfig, data: LoadedData, network: Network, processes: int, command: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import torch
 from refusals import assert_refused
+from small_disk import run_on_small_disk
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffexport.bundle import CONDITIONED_GRAPHS, Bundle
@@ -249,3 +250,43 @@ def test_an_interrupt_ends_the_build_at_once(copy):
     assert process.returncode == 130
     assert "Traceback" not in said
     assert sorted((copy.path / "engines").iterdir()) == before
+
+
+def test_a_full_disk_leaves_the_engines_that_are_whole(toy_bundle, tmp_path):
+    """None, or the first of two; the next build makes what is missing."""
+    shutil.copytree(toy_bundle("plain").path, tmp_path / "before" / "a.diffx")
+    words = "build", "a.diffx", "--target", "sm86", "--batch", "1", "--graph", "step", "--graph", "step_plain"
+    for free, count, what in ((100_000, 0, "step"), (600_000, 1, "step_plain")):
+        done = run_on_small_disk(tmp_path / str(count), words, free=free, before=tmp_path / "before")
+        message = f"engine of {what}.onnx: cannot be written (No space left on device)"
+        assert_refused((done.status, done.out, done.err), message)
+        bundle = Bundle.open(done.folder / "a.diffx")
+        assert len(engines_of(bundle)[0]) == len(os.listdir(bundle.path / "engines")) == count
+        built = build(bundle, "trt-rtx", targets=["sm86"], batches="1", graphs=["step", "step_plain"])
+        assert [b.hit for b in built] == [k < count for k in range(2)]
+        assert all(finding.passed for finding in verify(bundle.path))
+
+
+@pytest.mark.slow
+def test_of_two_builds_of_one_bundle_both_end_well(toy_bundle, tmp_path):
+    """Real commands at once; what is there then is what one alone makes."""
+    places = [shutil.copytree(toy_bundle("plain").path, tmp_path / f"{name}.diffx") for name in ("both", "alone")]
+    both, alone = places
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    diffx = sys.executable, "-c", "from diffexport_cli.app import main; main()"
+    words = "--target", "sm86", "--batch", "1", "--force"
+    processes = [
+        subprocess.Popen(
+            [*diffx, "build", path, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for path in (both, both, alone)
+    ]
+    ends = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [(err, status) for _, err, status in ends] == [(b"", 0)] * 3
+    engines = [
+        {path.parent.name: path.read_bytes() for path in bundle.glob("engines/*/model.engine")} for bundle in places
+    ]
+    assert len(engines[0]) == 3
+    assert engines[0] == engines[1]
+    assert sorted(os.listdir(both / "engines")) == sorted(engines[0])
+    assert all(finding.passed for finding in verify(both))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import assert_refused
 
 from diffexport.errors import DiffexportError
 from diffexport_reference.data import (
@@ -97,6 +98,19 @@ def test_a_folder_without_classes_keeps_grey_grey(tmp_path, pixels):
     transparent = Image.new("RGBA", (7, 6), (0, 0, 0, 0))
     transparent.save(tmp_path / "0.png")
     assert (_first(load_data(tmp_path)) == 1).all()  # white, in colour now
+
+
+def test_an_image_of_absurd_size_is_refused(tmp_path, diffx):
+    """200 kB that would unfold to 200 million pixels, named by its header, or found when it is drawn."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "pictures" / "a.png")
+    result = diffx("train", "pictures", "--image-size", 8, "--out", "a.pt", "--steps", 1)
+    assert_refused(result, "a.png: not a readable image (Image size (200000000 pixels) exceeds limit of")
+    Image.new("1", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    data = load_data(tmp_path / "pictures", image_size=8)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "pictures" / "a.png")
+    with pytest.raises(DiffexportError, match="exceeds limit"):
+        _first(data)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):

@@ -92,6 +92,8 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_log(tmp_path, conf
     with pytest.raises(Killed):
         train(config, tmp_path / "a.pt", log=tmp_path / "a.log", save_every=40, progress=_kill_at(110))
     assert not (tmp_path / "a.pt").exists()
+    with (tmp_path / "a.log").open("a") as log:
+        log.write('{"step": 110, "lo')  # as a full disk leaves it
     result = train(config, tmp_path / "a.pt", log=tmp_path / "a.log", save_every=40)
     assert result.resumed_from == 80
     assert _same(tmp_path / "whole.pt", tmp_path / "a.pt")
