@@ -1,39 +1,38 @@
-"""How fast the backends are beside what a user would run instead, interleaved in one run of one process.
+"""How fast the backends are beside what a user would run instead, interleaved in one run.
 
-A contender is opened, takes a step to be warm, and then all of them take a step in turn, round after round, a product of
-matrices among them, so that whatever else a machine does falls on all alike. Medians are reported, with the quartiles.
+Each contender has a process of its own, so that none meets another's threads or memory. They take turns, one at a time: a
+step that is not counted and a few that are, round after round, products of matrices among them, so that whatever else a
+machine does falls on all alike. Medians are reported, with the quartiles.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffexport.backends import BACKENDS, open_session
 from diffexport.backends.session import Session
+from diffexport.bench_work import MATRIX, STEPS, Product, Steps, products
 from diffexport.bundle import Bundle, Precision
 from diffexport.errors import BackendError
-from diffexport.noise import normal
-from diffexport.parity import relative_l2
-from diffexport.plan import make_plan
-from diffexport.probes import probe_guidance, probe_labels
-from diffexport.sampler import Sampler
+from diffexport.worker import Worker
 
 if TYPE_CHECKING:
     import torch
 
-MATRIX = 2048
-STEPS = 20
-_SLOW = 0.1
-"""Seconds of a step from which on a run is compared with its steps once, not three times."""
+    from diffexport.spec import ModelSpec
+
+ROUNDS = 3
+"""Turns that each contender takes at least."""
+
+Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class Contender:
 
     Attributes:
         precision: of its products.
+        open: opens its session in a process of its own, and is pickled on its way there: a function of a module, or
+            ``functools.partial`` of one.
         ours: a backend of this package, not a peer.
     """
 
@@ -52,27 +53,44 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a guided step of one image is made of, in GFLOP.
+
+    Attributes:
+        attention: the part of it that is in the products of attention.
+    """
+
+    gflop: float
+    attention: float
+
+
+@dataclass(frozen=True)
 class Figure:
     """What was measured of one contender at one batch; times in milliseconds.
 
     Attributes:
-        start_ms: opening it, with the first step: loading, tracing and compiling.
-        memory_mb: what opening and the first step added to the process at most.
+        first_ms: from the call to open until the first step's end in a fresh process with empty caches: importing the
+            runtime, reading weights and compiling are in it, the start of Python is not.
+        start_ms: the same once more, in another fresh process that finds what the first has left in the caches.
+        memory_mb: resident memory of the process at most, all in all.
         error: largest relative L2 of its golden steps beside PyTorch's.
+        steps: how many were timed.
         step_ms, low_ms, high_ms: median and quartiles of a guided step.
         image_ms: of a run of 20 steps, for each image.
         gflops: GFLOP/s reached, where the work is known.
-        of_matrix: the same as a part of a matrix product's rate of the same precision in the same run.
-        loop: a run of 20 steps over 20 times a step; of this package's backends at the smallest batch.
+        of_matrix: the same as a part of a matrix product's rate of the same precision, measured in turn.
+        loop: a run of 20 steps over 20 times a step; of this package's backends at the first batch.
     """
 
     name: str
     precision: str
     batch: int
     ours: bool
+    first_ms: float
     start_ms: float
     memory_mb: float | None
     error: float
+    steps: int
     step_ms: float
     low_ms: float
     high_ms: float
@@ -87,17 +105,18 @@ class Report:
     """All figures of a run.
 
     Attributes:
-        gflop: of a guided step of one image, where a module was there to count it.
-        matrix: GFLOP/s of a product of two square matrices of side ``MATRIX``, by precision.
-        left_out: contenders that cannot run here, with why.
+        work: of a guided step of one image, where a module was there to count it.
+        matrix: by batch and precision, GFLOP/s of a product of two square matrices of side ``MATRIX``, in turn with the
+            batch's contenders.
+        left_out: contenders that cannot run here or failed, with where and why.
     """
 
     model: str
     parameters: int
     processor: str
     cores: int
-    gflop: float | None
-    matrix: dict[str, float] = field(default_factory=dict)
+    work: Work | None
+    matrix: dict[int, dict[Precision, float]] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -107,23 +126,34 @@ class Report:
 
 
 @dataclass
-class _Running:
-    contender: Contender
-    session: Session
-    start_ms: float
-    memory_mb: float | None
-    error: float
+class _Runner:
+    """What takes turns, and what they took."""
+
+    name: str
+    worker: Worker
     times: list[float] = field(default_factory=list)
 
 
-def contenders_of(bundle: Bundle, module: torch.nn.Module | None = None, threads: int | None = None) -> list[Contender]:
-    """Everything that is installed and can run a bundle: PyTorch in four ways where its module is given, and backends."""
-    precision = bundle.manifest.precision
-    found: list[Contender] = []
-    if module is not None:
-        from diffexport.bench_peers import peers
+@dataclass
+class _Opened:
+    contender: Contender
+    runner: _Runner
+    first: float
+    start: float
+    error: float
 
-        found += peers(module, bundle.spec)
+
+def contenders_of(
+    bundle: Bundle, module: Callable[[], torch.nn.Module] | None = None, threads: int | None = None
+) -> list[Contender]:
+    """Everything that is installed and can run a bundle: PyTorch in four ways where its module is given, and backends.
+
+    Args:
+        module: makes or reads the module; it is called in other processes, see ``Contender.open``.
+        threads: of ort and openvino; all cores where not given.
+    """
+    precision = bundle.manifest.precision
+    found = _peers(module, bundle.spec) if module is not None else []
     options = {} if threads is None else {"threads": threads}
     for name, entry in BACKENDS.items():
         if name == "torch" or not entry.installed:
@@ -137,9 +167,25 @@ def contenders_of(bundle: Bundle, module: torch.nn.Module | None = None, threads
     return found
 
 
+def _peers(module: Callable[[], torch.nn.Module], spec: ModelSpec) -> list[Contender]:
+    found = []
+    for compiled in (False, True):
+        for bf16 in (False, True):
+            name = f"PyTorch {'compiled' if compiled else 'eager'}{' bf16' if bf16 else ''}"
+            opens = functools.partial(_open_peer, module, spec, compiled=compiled, bf16=bf16)
+            found.append(Contender(name, "bf16" if bf16 else "fp32", opens, ours=False))
+    return found
+
+
+def _open_peer(module: Callable[[], torch.nn.Module], spec: ModelSpec, *, compiled: bool, bf16: bool) -> Session:
+    from diffexport.bench_peers import PeerSession
+
+    return PeerSession(module(), spec, compiled=compiled, bf16=bf16)
+
+
 def _backend(bundle: Bundle, backend: str, held: Precision, **options: Any) -> Contender:
     told = f"{backend} {options['precision']}" if "precision" in options else backend
-    return Contender(told, held, lambda: open_session(bundle, backend, **options))
+    return Contender(told, held, functools.partial(open_session, bundle, backend, **options))
 
 
 def bench(
@@ -148,14 +194,14 @@ def bench(
     batches: Sequence[int] = (1, 4, 16),
     *,
     seconds: float = 20.0,
-    gflop: float | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    work: Work | None = None,
+    progress: Tell | None = None,
 ) -> Report:
-    """Measure contenders on guided steps of a bundle.
+    """Measure contenders on guided steps of a bundle. A contender that fails or dies is left out, with why.
 
     Args:
-        seconds: of each batch's rounds; at least three are run.
-        gflop: of a guided step of one image.
+        seconds: of each batch's turns; each contender takes at least ``ROUNDS``.
+        work: of a guided step of one image.
 
     Raises:
         BackendError: no contender can run here.
@@ -164,156 +210,120 @@ def bench(
 
     tell = progress or (lambda _what, _part: None)
     manifest = bundle.manifest
-    report = Report(manifest.name, manifest.parameters, processor_name(), usable_cores(), gflop)
+    report = Report(manifest.name, manifest.parameters, processor_name(), usable_cores(), work)
     for number, batch in enumerate(batches):
-        running: list[_Running] = []
-        course = _Course(bundle, batch)
-        for contender in contenders:
-            tell(
-                f"batch {batch}: opening {contender.name}",
-                (number + 0.3 * len(running) / len(contenders)) / len(batches),
-            )
-            try:
-                running.append(_opened(bundle, contender, course))
-            except BackendError as error:
-                report.left_out[contender.name] = str(error)
-        tell(f"batch {batch}: steps in turn", (number + 0.3) / len(batches))
-        if not running:
-            raise BackendError("none of the backends can run this bundle here: " + "; ".join(report.left_out.values()))
-        report.matrix |= _rounds(course, running, seconds)
-        tell(f"batch {batch}: whole runs", (number + 0.9) / len(batches))
-        for each in running:
-            report.figures.append(_figure(bundle, each, course, batch, report, first=number == 0))
-            each.session.close()
-        del running
-        gc.collect()
+        _measure(
+            bundle,
+            contenders,
+            batch,
+            seconds,
+            report,
+            lambda what, part, n=number, b=batch: tell(f"batch {b}: {what}", (n + part) / len(batches)),  # type: ignore[misc]
+            with_loop=number == 0,
+        )
+    if not report.figures:
+        why = "; ".join(f"{name}: {reason}" for name, reason in report.left_out.items())
+        raise BackendError(f"none of the contenders can run this bundle here: {why}")
     tell("done", 1.0)
     return report
 
 
-def _opened(bundle: Bundle, contender: Contender, course: _Course) -> _Running:
-    """A contender after its first steps, which its golden cases judge."""
-    before = _memory(reset=True)
-    started = time.perf_counter()
-    session = contender.open()
-    course.begin(session)
-    course.step(session)
-    start = (time.perf_counter() - started) * 1e3
-    after = _memory()
-    memory = (after[1] - before[0]) / 1e6 if before and after else None
-    return _Running(contender, session, start, memory, _error(bundle, session))
+def _measure(
+    bundle: Bundle,
+    contenders: Sequence[Contender],
+    batch: int,
+    seconds: float,
+    report: Report,
+    tell: Tell,
+    *,
+    with_loop: bool,
+) -> None:
+    """Add the figures of one batch to a report."""
+
+    def leave_out(name: str, error: BackendError) -> None:
+        report.left_out.setdefault(name, f"batch {batch}: {error}")
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches, contextlib.ExitStack() as workers:
+        opened: list[_Opened] = []
+        for number, contender in enumerate(contenders):
+            tell(f"opening {contender.name}", 0.4 * number / len(contenders))
+            try:
+                opened.append(_opened(bundle, contender, batch, Path(tempfile.mkdtemp(dir=caches)), workers))
+            except BackendError as error:
+                leave_out(contender.name, error)
+        matrix: dict[Precision, _Runner] = {
+            precision: _Runner(
+                f"matrix product {precision}", workers.enter_context(Worker(functools.partial(Product, precision)))
+            )
+            for precision in products({each.contender.precision for each in opened})
+        }
+        runners = [*matrix.values(), *(each.runner for each in opened)]
+        _take_turns(runners, seconds, leave_out, lambda part: tell("steps in turn", 0.4 + 0.5 * part))
+        rates: dict[Precision, float] = {
+            precision: 2 * MATRIX**3 / statistics.median(product.times) / 1e9
+            for precision, product in matrix.items()
+            if product in runners
+        }
+        report.matrix[batch] = rates
+        tell("whole runs", 0.9)
+        for each in opened:
+            if each.runner in runners:
+                try:
+                    report.figures.append(_figure(each, batch, report.work, rates, with_loop=with_loop))
+                except BackendError as error:
+                    leave_out(each.contender.name, error)
 
 
-class _Course:
-    """What every contender of a batch runs: the first row of a guided DDIM run, again and again."""
-
-    def __init__(self, bundle: Bundle, batch: int) -> None:
-        spec = bundle.spec
-        plan = make_plan(spec, "ddim", STEPS, probe_guidance(spec))
-        self.rows = plan.rows.astype(np.float32)
-        self.x = np.float32(plan.x_scale) * normal(0, range(batch), [0], spec.shape)[0]
-        self.label = probe_labels(spec, range(batch))
-
-    def begin(self, session: Session) -> None:
-        session.begin(self.x, self.label, rows=self.rows)
-
-    def step(self, session: Session) -> None:
-        session.step(self.rows[0])
+def _opened(bundle: Bundle, contender: Contender, batch: int, caches: Path, workers: contextlib.ExitStack) -> _Opened:
+    """A contender after its first step in a second process, and its error."""
+    steps = functools.partial(Steps, bundle, contender.open, batch)
+    environment = {"DIFFX_CACHE": str(caches / "diffx"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    with Worker(steps, environment) as worker:
+        first = worker.ask("start")
+    worker = workers.enter_context(Worker(steps, environment))
+    return _Opened(contender, _Runner(contender.name, worker), first, worker.ask("start"), worker.ask("judge"))
 
 
-def _error(bundle: Bundle, session: Session) -> float:
-    """The largest relative L2 of the golden steps."""
-    cases, errors = bundle.golden(), []
-    for k in sorted({name.split(".")[1] for name in cases if name.startswith("step.")}):
-        case = {name.split(".")[2]: array for name, array in cases.items() if name.startswith(f"step.{k}.")}
-        session.begin(case["x"][:1], case["label"][:1] if "label" in case else None, case["h"][:1])
-        session.step(case["row"], case["z"][:1])
-        errors.append(relative_l2(session.state()[0], case["x_next"][:1]))
-    return max(errors)
+def _take_turns(
+    runners: list[_Runner],
+    seconds: float,
+    leave_out: Callable[[str, BackendError], None],
+    tell: Callable[[float], None],
+) -> None:
+    """Let runners take turns; those that fail leave the list."""
+    started, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - started < seconds:
+        for runner in list(runners):
+            tell(min(rounds / ROUNDS, (time.perf_counter() - started) / seconds, 1.0))
+            try:
+                runner.times += runner.worker.ask("turn")
+            except BackendError as error:
+                leave_out(runner.name, error)
+                runners.remove(runner)
+        rounds += 1
 
 
-def _rounds(course: _Course, running: Sequence[_Running], seconds: float) -> dict[str, float]:
-    """Time every contender in turn; the matrix product's rates, GFLOP/s by precision."""
-    for each in running:
-        course.begin(each.session)
-        course.step(each.session)
-    products = _products()
-    times: dict[str, list[float]] = {precision: [] for precision in products}
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(running[0].times) < 3:
-        for precision, product in products.items():
-            times[precision].append(_timed(product))
-        for each in running:
-            each.times.append(_timed(functools.partial(course.step, each.session)))
-    return {precision: 2 * MATRIX**3 / statistics.median(taken) / 1e9 for precision, taken in times.items()}
-
-
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _products() -> dict[str, Callable[[], object]]:
-    """A product of two matrices in fp32, and in bf16 where PyTorch is there to do it; each run once."""
-    try:
-        import torch
-    except ImportError:
-        a = np.ones((MATRIX, MATRIX), np.float32)
-        return {"fp32": lambda: a @ a}
-    products: dict[str, Callable[[], object]] = {}
-    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        matrix = torch.ones(MATRIX, MATRIX, dtype=kind)
-        products[precision] = lambda matrix=matrix: matrix @ matrix  # type: ignore[misc]
-        products[precision]()
-    return products
-
-
-def _figure(bundle: Bundle, each: _Running, course: _Course, batch: int, report: Report, *, first: bool) -> Figure:
-    low, middle, high = statistics.quantiles(each.times, n=4)
-    gflops = report.gflop * batch / middle if report.gflop is not None else None
-    rate = report.matrix.get(each.contender.precision)
+def _figure(each: _Opened, batch: int, work: Work | None, rates: dict[Precision, float], *, with_loop: bool) -> Figure:
+    contender, worker, times = each.contender, each.runner.worker, each.runner.times
+    low, middle, high = statistics.quantiles(times, n=4)
+    gflops = work.gflop * batch / middle if work is not None else None
+    rate = rates.get(contender.precision)
+    memory = worker.ask("memory")
     return Figure(
-        name=each.contender.name,
-        precision=each.contender.precision,
+        name=contender.name,
+        precision=contender.precision,
         batch=batch,
-        ours=each.contender.ours,
-        start_ms=each.start_ms,
-        memory_mb=each.memory_mb,
+        ours=contender.ours,
+        first_ms=each.first * 1e3,
+        start_ms=each.start * 1e3,
+        memory_mb=memory / 1e6 if memory is not None else None,
         error=each.error,
+        steps=len(times),
         step_ms=middle * 1e3,
         low_ms=low * 1e3,
         high_ms=high * 1e3,
         image_ms=STEPS * middle * 1e3 / batch,
         gflops=gflops,
         of_matrix=gflops / rate if gflops is not None and rate else None,
-        loop=_loop(bundle, each, course, batch) if first and each.contender.ours else None,
+        loop=worker.ask("loop") if with_loop and contender.ours else None,
     )
-
-
-def _loop(bundle: Bundle, each: _Running, course: _Course, batch: int) -> float:
-    """A run of 20 steps over 20 single steps of the same session, in turn; the median."""
-    sampler = Sampler(bundle.spec, each.session, bundle.manifest.defaults)
-    guidance, ratios = probe_guidance(bundle.spec), []
-    repeats = 3 if statistics.median(each.times) < _SLOW else 1
-    for _ in range(repeats):
-        run = _timed(
-            lambda: sampler.sample(num=batch, batch=batch, sampler="ddim", steps=STEPS, guidance_scale=guidance)
-        )
-        course.begin(each.session)
-        course.step(each.session)
-        single = sum(_timed(functools.partial(course.step, each.session)) for _ in range(STEPS))
-        ratios.append(run / single)
-    return statistics.median(ratios)
-
-
-def _memory(*, reset: bool = False) -> tuple[int, int] | None:
-    """Bytes resident now and at most since the last reset, where the system tells."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    except OSError:
-        return None
-    now, most = (int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, most

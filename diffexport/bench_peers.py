@@ -1,18 +1,21 @@
-"""PyTorch as its users run it: eager or compiled, in fp32 or under autocast to bf16, guidance in one doubled batch."""
+"""PyTorch as its users run it: eager or compiled, in fp32 or under autocast to bf16, guidance in one doubled batch; and
+what a step computes, as PyTorch counts it."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from diffexport.backends.session import Session
 from diffexport.backends.torch import TorchSession
-from diffexport.bench import Contender
-from diffexport.bundle import Precision
+from diffexport.bench import Work
 from diffexport.machine import usable_cores
 from diffexport.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 class PeerSession(TorchSession):
@@ -23,13 +26,14 @@ class PeerSession(TorchSession):
         torch.set_num_threads(usable_cores())
         self._forward: Any = torch.compile(module) if compiled else module
         self._bf16 = bf16
+        self._network = self._call
 
     def _network_at(self, r: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         if self._label is None or r["w"] == 1:
             return super()._network_at(r, x)
         label = torch.cat([self._label, torch.full_like(self._label, self._spec.null_label)])
         x_in = torch.cat([r["c_in"] * x] * 2)  # (2B, *shape)
-        cond, uncond = self._call(x_in, r["c_noise"].expand(len(x_in)), label).chunk(2)
+        cond, uncond = self._network(x_in, r["c_noise"].expand(len(x_in)), label).chunk(2)
         guided = self._spec.guided_channels or self._spec.shape[0]
         mixed = uncond[:, :guided] + r["w"] * (cond[:, :guided] - uncond[:, :guided])
         return torch.cat([mixed, cond[:, guided:]], dim=1)
@@ -40,28 +44,36 @@ class PeerSession(TorchSession):
         return out.float()
 
 
-def peers(module: torch.nn.Module, spec: ModelSpec) -> list[Contender]:
-    """The four ways."""
-    found = []
-    for compiled in (False, True):
-        for bf16 in (False, True):
-            precision: Precision = "bf16" if bf16 else "fp32"
-            name = f"PyTorch {'compiled' if compiled else 'eager'}{' bf16' if bf16 else ''}"
-            found.append(Contender(name, precision, _opener(module, spec, compiled, bf16), ours=False))
-    return found
-
-
-def _opener(module: torch.nn.Module, spec: ModelSpec, compiled: bool, bf16: bool) -> Any:
-    return lambda: cast(Session, PeerSession(module, spec, compiled=compiled, bf16=bf16))
-
-
-def gflop_of(module: torch.nn.Module, spec: ModelSpec) -> float:
-    """GFLOP of a guided step of one image, counted by PyTorch over products, convolutions and attention."""
+def work_of(module: torch.nn.Module, spec: ModelSpec) -> Work:
+    """The products, convolutions and attention of a guided step of one image, counted by PyTorch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     halves = 2 if spec.guidable else 1
     args = [torch.zeros(halves, *spec.shape), torch.ones(halves)]
     args += [torch.zeros(halves, dtype=torch.int64)] if spec.conditional else []
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    attention = _AttentionCounter(counter)
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+        attention,
+    ):  # no other kernel of a CPU is counted
         module(*args)
-    return float(counter.get_total_flops()) / 1e9
+    return Work(counter.get_total_flops() / 1e9, attention.flops / 1e9)
+
+
+class _AttentionCounter(TorchFunctionMode):
+    """What a counter counts inside of PyTorch's attention."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter, self.flops = counter, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.flops += self.counter.get_total_flops() - before
+        return result

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffexport.bench import MATRIX, STEPS, Figure, Report
+from diffexport.bench import Figure, Report
+from diffexport.bench_work import MATRIX, STEPS
 
 _PAPER, _INK, _OURS, _PEERS = "#ffffff", "#1f2328", "#2563a8", "#9aa4ae"
 _ROW, _LABEL, _BAR, _MARGIN = 26, 210, 520, 24
@@ -14,23 +15,35 @@ _ROW, _LABEL, _BAR, _MARGIN = 26, 210, 520, 24
 
 def markdown(report: Report) -> str:
     """What was measured, a table a batch."""
-    work = f", {report.gflop:.1f} GFLOP a guided step of one image" if report.gflop is not None else ""
-    rates = ", ".join(f"{rate:.0f} in {precision}" for precision, rate in report.matrix.items())
     lines = [
-        f"{report.model}, {report.parameters / 1e6:.1f} M parameters{work}. {report.cores} cores of {report.processor}; "
-        f"a product of two {MATRIX} x {MATRIX} matrices in the same run: {rates} GFLOP/s.",
+        f"{report.model}, {report.parameters / 1e6:.1f} M parameters{_work(report)}. "
+        f"{report.cores} cores of {report.processor}. Each contender in a process of its own, in turn with the others.",
     ]
     for batch in dict.fromkeys(figure.batch for figure in report.figures):
+        rates = ", ".join(f"{rate:.0f} in {precision}" for precision, rate in report.matrix.get(batch, {}).items())
+        lines += [""]
+        if rates:
+            lines += [
+                f"Batch {batch}; a product of two {MATRIX} x {MATRIX} matrices in turn with it: {rates} GFLOP/s.",
+                "",
+            ]
         lines += [
-            "",
             f"| batch {batch} | ms a step (quartiles) | s an image, {STEPS} steps | GFLOP/s | of the matrix product "
-            "| start, s | memory, MB | error | run / steps |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| first start, s | next start, s | memory, MB | error | run / steps |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         figures = [figure for figure in report.figures if figure.batch == batch]
         lines += [_row(figure) for figure in sorted(figures, key=lambda figure: figure.step_ms)]
-    lines += [f"\nNot run: {name}: {why}" for name, why in report.left_out.items()]
+    lines += [f"\nLeft out: {name}: {why}" for name, why in report.left_out.items()]
     return "\n".join(lines) + "\n"
+
+
+def _work(report: Report) -> str:
+    if report.work is None:
+        return ""
+    gflop, attention = report.work.gflop, report.work.attention
+    part = f", of which {attention:.3g} attention" if attention else ""
+    return f", {gflop:.3g} GFLOP a guided step of one image{part}"
 
 
 def _row(f: Figure) -> str:
@@ -43,6 +56,7 @@ def _row(f: Figure) -> str:
         f"{f.image_ms / 1e3:.3g}",
         shown(f.gflops, ".0f"),
         shown(f.of_matrix, ".2f"),
+        f"{f.first_ms / 1e3:.2f}",
         f"{f.start_ms / 1e3:.2f}",
         shown(f.memory_mb, ".0f"),
         f"{f.error:.1e}",

@@ -1,20 +1,33 @@
 """The benchmark measures what it says: whole steps, of every contender, with their errors."""
 
+import functools
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TOYS
 from PIL import Image
 from refusals import assert_refused
 
 from diffexport.backends.torch import TorchSession
-from diffexport.bench import Contender, bench, contenders_of
-from diffexport.bench_peers import PeerSession, gflop_of
+from diffexport.bench import Contender, Work, bench, contenders_of
+from diffexport.bench_peers import PeerSession, work_of
 from diffexport.bench_report import markdown, save_chart
+from diffexport.errors import BackendError
 from diffexport.noise import normal
 from diffexport.parity import relative_l2
 from diffexport.probes import mixing_row, probe_labels
+from diffexport.schedules import DEFAULT_SCHEDULES
+from diffexport.spec import ModelSpec
+from diffexport_reference.official_dit import OfficialDiT
 
 
 @pytest.mark.parametrize("name", ["plain", "variance", "flow", "points"])
@@ -33,30 +46,61 @@ def test_a_peer_takes_the_same_step(toy, name, bf16, limit):
     assert not bf16 or error > 1e-6
 
 
-def test_gflop_of_a_network_counted_by_hand(toy):
+def test_the_work_of_a_network_counted_by_hand(toy):
     """Two convolutions of 3x3 on 6x6 places, a product of 2 with 16, both halves of guidance."""
-    module, spec = toy("plain")
     by_hand = 2 * (2 * 9 * 16 * 36 + 16 * 9 * 2 * 36 + 2 * 16) * 2
-    assert gflop_of(module, spec) == pytest.approx(by_hand / 1e9)
+    assert work_of(*toy("plain")) == Work(pytest.approx(by_hand / 1e9), 0)
 
 
-def test_every_contender_has_figures_at_every_batch(toy, toy_bundle, tmp_path):
+def test_the_work_of_a_transformer_counted_by_hand():
+    """N tokens of width D, depth L: 12 D^2 of each token in products, N^2 D twice in attention, 6 D^2 in modulation."""
+    D, L, p, C, side, frequencies = 32, 3, 2, 4, 8, 256
+    N, halves = (side // p) ** 2, 2
+    module = OfficialDiT(input_size=side, hidden_size=D, depth=L, num_heads=4, num_classes=7)
+    spec = ModelSpec(
+        family="official DiT",
+        shape=(C, side, side),
+        num_classes=7,
+        prediction="eps",
+        schedule=DEFAULT_SCHEDULES["ddpm"],
+    )
+    attention = L * 2 * N * N * D
+    embedding = frequencies * D + D * D + N * p * p * C * D
+    final = 2 * D * D + N * D * p * p * 2 * C
+    whole = L * (12 * N * D * D + 6 * D * D) + attention + embedding + final
+    counted = work_of(module, spec)
+    assert counted.attention == pytest.approx(2 * halves * attention / 1e9, rel=1e-12)
+    assert counted.gflop == pytest.approx(2 * halves * whole / 1e9, rel=1e-12)
+
+
+def toy_module(name):
+    """For other processes."""
+    torch.manual_seed(0)
+    return TOYS[name][0]().eval()
+
+
+def test_every_contender_has_figures_at_every_batch(toy_bundle, tmp_path):
     bundle = toy_bundle("plain")
-    contenders = [c for c in contenders_of(bundle, toy("plain")[0]) if "compiled" not in c.name]
-    names = {c.name for c in contenders if not c.name.startswith(("trt", "ort-"))}
-    assert {"PyTorch eager", "PyTorch eager bf16", "ort", "openvino"} <= names
-    report = bench(bundle, contenders, (1, 2), seconds=0.05, gflop=0.001)
-    torch.set_num_threads(1)
+    found = {c.name: c for c in contenders_of(bundle, functools.partial(toy_module, "plain"))}
+    peers = {f"PyTorch {way}{kind}" for way in ("eager", "compiled") for kind in ("", " bf16")}
+    assert peers | {"ort", "openvino", "openvino bf16"} <= set(found)
+    names = ("PyTorch eager bf16", "ort", "openvino bf16")
+    report = bench(bundle, [found[name] for name in names], (1, 2), seconds=0.05, work=Work(0.001, 0))
     measured = {(figure.name, figure.batch): figure for figure in report.figures}
-    assert {(name, batch) for name in names for batch in (1, 2)} - set(measured) <= {
-        (name, batch) for name in report.left_out for batch in (1, 2)
-    }
+    asked = {(name, batch) for name in names for batch in (1, 2)}
+    assert asked - set(measured) <= {("openvino bf16", 1), ("openvino bf16", 2)}  # not every processor has it
+    assert {name for name, _ in asked - set(measured)} == set(report.left_out)
     for figure in report.figures:
         assert 0 < figure.low_ms <= figure.step_ms <= figure.high_ms
+        assert figure.steps >= 3
+        assert min(figure.first_ms, figure.start_ms) > 0
         assert figure.error < (2e-2 if "bf16" in figure.name else 1e-5)
         assert figure.image_ms == pytest.approx(20 * figure.step_ms / figure.batch)
         assert figure.gflops == pytest.approx(0.001 * figure.batch / figure.step_ms * 1e3)
+        assert figure.of_matrix == pytest.approx(figure.gflops / report.matrix[figure.batch][figure.precision])
         assert (figure.loop is not None) == (figure.ours and figure.batch == 1)
+    torch_takes, ort_takes = (measured[name, 1].memory_mb for name in ("PyTorch eager bf16", "ort"))
+    assert torch_takes > ort_takes + 50  # the import of torch alone
     table = markdown(report)
     assert all(f"| {name} | " in table for name, _ in measured)
     save_chart(report, tmp_path / "a.png")
@@ -65,23 +109,76 @@ def test_every_contender_has_figures_at_every_batch(toy, toy_bundle, tmp_path):
     assert {(0x25, 0x63, 0xA8), (0x9A, 0xA4, 0xAE)} <= colours
 
 
-def test_a_slow_contender_is_seen_to_be_slow(toy_bundle, toy):
+class Slow(TorchSession):
+    """Takes 20 ms more to open, and 20 ms more for a step."""
+
+    def __init__(self, module, spec):
+        time.sleep(0.02)
+        super().__init__(module, spec)
+
+    def step(self, row, z=None):
+        time.sleep(0.02)
+        super().step(row, z)
+
+
+class Dying(TorchSession):
+    """Its process is killed at the third step."""
+
+    def step(self, row, z=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().step(row, z)
+
+
+class Broken(TorchSession):
+    """Raises at its first step."""
+
+    def step(self, row, z=None):
+        raise RuntimeError("out of paper")
+
+
+def test_a_slow_contender_is_seen_to_be_slow_and_the_broken_are_left_out(toy_bundle, toy):
     """Time is taken of the step itself: one that sleeps is slower by its sleep."""
-    import time
-
-    class Slow(TorchSession):
-        def step(self, row, z=None):
-            time.sleep(0.02)
-            super().step(row, z)
-
     module, spec = toy("plain")
+    opens = {"fast": TorchSession, "slow": Slow, "dying": Dying, "broken": Broken}
     contenders = [
-        Contender("fast", "fp32", lambda: TorchSession(module, spec), ours=False),
-        Contender("slow", "fp32", lambda: Slow(module, spec), ours=False),
+        Contender(name, "fp32", functools.partial(kind, module, spec), ours=False) for name, kind in opens.items()
     ]
-    fast, slow = bench(toy_bundle("plain"), contenders, (1,), seconds=0.1).figures
+    report = bench(toy_bundle("plain"), contenders, (1,), seconds=0.1)
+    fast, slow = report.figures
+    assert (fast.name, slow.name) == ("fast", "slow")
     assert slow.step_ms - fast.step_ms > 15
     assert np.isfinite(slow.error)
+    assert report.left_out["broken"] == "batch 1: RuntimeError: out of paper"
+    assert "SIGKILL" in report.left_out["dying"]
+    assert "Left out: dying: batch 1: " in markdown(report)
+    assert not multiprocessing.active_children()
+    with pytest.raises(BackendError, match="broken: batch 1: RuntimeError: out of paper"):
+        bench(toy_bundle("plain"), contenders[3:], (1,), seconds=0.1)
+
+
+def test_an_interrupt_ends_every_process(toy_bundle):
+    """Ctrl-C of a terminal reaches all processes of the group at once."""
+    words = ["bench", str(toy_bundle("plain").path), "--batch", "1", "--only", "ort,openvino", "--seconds", "60"]
+    run = [sys.executable, "-c", "from diffexport_cli.app import main; main()", *words]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(children := _children(process.pid)) < 4 and time.monotonic() < deadline:  # a tracker, two, a product
+            time.sleep(0.05)
+        assert len(children) >= 4
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == ""
+        assert process.returncode == 130
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_the_command(diffx, toy_bundle):

@@ -64,3 +64,8 @@ def read_checkpoint_of(path: Path, spec: ModelSpec, weights: str | None = None) 
             scaled=spec.scaled,
             schedule=spec.schedule,
         )
+
+
+def read_module_of(path: Path, spec: ModelSpec) -> torch.nn.Module:
+    """The module of a checkpoint that a bundle is of."""
+    return read_checkpoint_of(path, spec).module
