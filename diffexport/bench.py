@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffexport.backends import BACKENDS, open_session
 from diffexport.backends.session import Session
-from diffexport.bench_work import MATRIX, STEPS, Product, Steps, products
+from diffexport.bench_work import MATRIX, STEPS, Product, Steps, product_precisions
 from diffexport.bundle import Bundle, Precision
 from diffexport.errors import BackendError
 from diffexport.worker import Worker
@@ -211,16 +211,22 @@ def bench(
     tell = progress or (lambda _what, _part: None)
     manifest = bundle.manifest
     report = Report(manifest.name, manifest.parameters, processor_name(), usable_cores(), work)
-    for number, batch in enumerate(batches):
-        _measure(
-            bundle,
-            contenders,
-            batch,
-            seconds,
-            report,
-            lambda what, part, n=number, b=batch: tell(f"batch {b}: {what}", (n + part) / len(batches)),  # type: ignore[misc]
-            with_loop=number == 0,
-        )
+    with contextlib.ExitStack() as stack:
+        matrix: dict[Precision, Worker] = {
+            precision: stack.enter_context(Worker(functools.partial(Product, precision)))
+            for precision in product_precisions({contender.precision for contender in contenders})
+        }
+        for number, batch in enumerate(batches):
+            _measure(
+                bundle,
+                contenders,
+                matrix,
+                batch,
+                seconds,
+                report,
+                lambda what, part, n=number, b=batch: tell(f"batch {b}: {what}", (n + part) / len(batches)),  # type: ignore[misc]
+                with_loop=number == 0,
+            )
     if not report.figures:
         why = "; ".join(f"{name}: {reason}" for name, reason in report.left_out.items())
         raise BackendError(f"none of the contenders can run this bundle here: {why}")
@@ -231,6 +237,7 @@ def bench(
 def _measure(
     bundle: Bundle,
     contenders: Sequence[Contender],
+    matrix: dict[Precision, Worker],
     batch: int,
     seconds: float,
     report: Report,
@@ -251,17 +258,14 @@ def _measure(
                 opened.append(_opened(bundle, contender, batch, Path(tempfile.mkdtemp(dir=caches)), workers))
             except BackendError as error:
                 leave_out(contender.name, error)
-        matrix: dict[Precision, _Runner] = {
-            precision: _Runner(
-                f"matrix product {precision}", workers.enter_context(Worker(functools.partial(Product, precision)))
-            )
-            for precision in products({each.contender.precision for each in opened})
+        products: dict[Precision, _Runner] = {
+            precision: _Runner(f"matrix product {precision}", worker) for precision, worker in matrix.items()
         }
-        runners = [*matrix.values(), *(each.runner for each in opened)]
+        runners = [*products.values(), *(each.runner for each in opened)]
         _take_turns(runners, seconds, leave_out, lambda part: tell("steps in turn", 0.4 + 0.5 * part))
         rates: dict[Precision, float] = {
             precision: 2 * MATRIX**3 / statistics.median(product.times) / 1e9
-            for precision, product in matrix.items()
+            for precision, product in products.items()
             if product in runners
         }
         report.matrix[batch] = rates

@@ -125,7 +125,7 @@ class Product:
         return _turn(self._multiply)
 
 
-def products(precisions: set[Precision]) -> list[Precision]:
+def product_precisions(precisions: set[Precision]) -> list[Precision]:
     """The precisions among these that a product can be computed in here."""
     known: tuple[Precision, ...] = ("fp32", "bf16") if importlib.util.find_spec("torch") is not None else ("fp32",)
     return [precision for precision in known if precision in precisions]
