@@ -14,10 +14,14 @@ SIMULATED = ROOT / "cpp" / "tests" / "simulated"
 
 
 class Built:
-    """The C++ runtime as built for the tests, with the runtimes of this Python environment."""
+    """The C++ runtime as built for the tests, with the runtimes of this Python environment.
+
+    DIFFX_TEST_PRESET: the preset of cpp/CMakePresets.json to build; with sanitizers the programs run under them.
+    """
 
     def __init__(self):
-        self.folder = ROOT / "build" / "cpp"
+        self.preset = os.environ.get("DIFFX_TEST_PRESET", "default")
+        self.folder = ROOT / "build" / ("cpp" if self.preset == "default" else f"cpp-{self.preset}")
         self.environment = os.environ | {
             "DIFFX_ONNXRUNTIME_LIBRARY": str(
                 next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
@@ -31,12 +35,11 @@ class Built:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             subprocess.run([ROOT / "scripts" / "setup-cpp"], check=True)
-            configure = ["cmake", "-S", ROOT / "cpp", "-B", self.folder, "-G", "Ninja"]
+            configure = ["cmake", "--preset", self.preset, "-B", self.folder]
             options = ["DIFFX_TESTS=ON", "DIFFX_WERROR=ON", "DIFFX_OPENVINO=ON", f"OpenVINO_ROOT={OPENVINO}"]
-            options.append(f"onnxruntime_ROOT={ROOT / 'build' / 'onnxruntime'}")
             options += ["DIFFX_TENSORRT=ON", f"TensorRT_ROOT={SIMULATED}", f"CUDAToolkit_ROOT={SIMULATED}"]
             for command in ([*configure, *(f"-D{option}" for option in options)], ["ninja", "-C", self.folder]):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "cpp")
                 assert done.returncode == 0, done.stdout + done.stderr
 
     def run(self, name, *words, check=True, environment=None):

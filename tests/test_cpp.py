@@ -179,6 +179,26 @@ def test_the_loop_allocates_nothing(cpp, family_bundle, tmp_path):
     assert found["allocations"] == 0
 
 
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+@pytest.mark.parametrize("name", ["plain", "points"])
+def test_memory_is_what_the_documentation_says(cpp, toy_bundle, tmp_path, name, backend):
+    """6 (B + R) + N images of floats, and 2 (B + R) + N labels: B the batch, N the images asked for, R = N modulo B."""
+    bundle = toy_bundle(name)
+
+    def peak(num, batch):
+        words = ["--backend", backend, "--num", num, "--batch", batch, "--sampler", "ddpm", "--steps", 5]
+        environment = {"LD_PRELOAD": str(cpp.folder / "tests" / "libdiffx-heap.so")}
+        words = ["diffx-sample", bundle.path, *words, "--threads", 1, "--npy", tmp_path / "a.npy"]
+        return int(cpp.run(*words, environment=environment).stderr.split()[-1])
+
+    least = peak(1, 1)
+    image, label = 4 * int(np.prod(bundle.spec.shape)), 8 if bundle.spec.conditional else 0
+    for num, batch in [(2000, 2000), (6000, 2000), (3000, 2000), (2999, 1000)]:
+        rows = batch + num % batch
+        bound = image * (6 * rows + num) + label * (2 * rows + num)
+        assert 0.7 * bound < peak(num, batch) <= bound + least
+
+
 def test_the_library_is_small(cpp, tmp_path):
     """Stripped, at most a megabyte with the backends, which are opened and not linked."""
     for name in ("libdiffx-runtime.so", "diffx-sample"):

@@ -43,7 +43,8 @@ public:
     virtual ~State() = default;
     /// Start a run: x (B, *shape), one label for each sample unless the model has none, h as x or empty for zero.
     virtual void begin(std::span<const float> x, std::span<const std::int64_t> labels, std::span<const float> h) = 0;
-    /// Where the noise of the next step is written before it, (B, *shape) on the host.
+    /// Where the noise of the next step is written before it, (B, *shape) on the host; begin() and read() may be given
+    /// it, too.
     virtual std::span<float> noise() = 0;
     /// Apply one row; it reads the noise where its x_z is not 0.
     virtual void step(const Row& row) = 0;
@@ -58,7 +59,7 @@ public:
     /// What it really runs on, as the runtime says.
     virtual std::string device() const = 0;
     /// The largest batch that every step graph takes; 0 where there is no limit.
-    virtual std::size_t max_batch() const { return 0; }
+    virtual std::size_t max_batch() const = 0;
     virtual std::unique_ptr<State> state(std::size_t batch) = 0;
     /// Run the decoder on one sample (C, *sides) of any two sides; image has the room that its upscaling needs.
     virtual void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) = 0;

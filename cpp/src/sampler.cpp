@@ -80,28 +80,26 @@ void Sampler::sample(const Request& request, std::span<float> images) {
         const std::size_t start = done * batch, count = std::min(batch, request.num - start);
         const std::uint64_t first = request.first + start;
         State& state = this->state(count);
-        start_.resize(count * manifest.size);
-        fill_batch(start_, manifest.size, request.seed, first, kStart);
-        for (float& x : start_) x *= plan.x_scale;
+        const auto noise = state.noise().first(count * manifest.size);
+        fill_batch(noise, manifest.size, request.seed, first, kStart);
+        for (float& x : noise) x *= plan.x_scale;
         labels_.resize(manifest.num_classes == 0 ? 0 : count);
         for (std::size_t k = 0; k < labels_.size(); ++k)
             labels_[k] = request.labels.empty()
                              ? static_cast<std::int64_t>((start + k) % static_cast<std::size_t>(manifest.num_classes))
                              : request.labels[start + k];
-        state.begin(start_, labels_, {});
+        state.begin(noise, labels_, {});
         for (std::size_t row = 0; row < rows; ++row) {
             if (plan.rows[row][kNoise] != 0)
-                fill_batch(state.noise().first(start_.size()), manifest.size, request.seed, first,
-                           1 + static_cast<std::uint32_t>(row));
+                fill_batch(noise, manifest.size, request.seed, first, 1 + static_cast<std::uint32_t>(row));
             state.step(plan.rows[row]);
             if (request.on_step != nullptr) request.on_step(request.user, done * rows + row + 1, batches * rows);
         }
         const auto out = images.subspan(start * manifest.image_size, count * manifest.image_size);
         if (manifest.decoder) {
-            state.read(start_, {});
+            state.read(noise, {});
             for (std::size_t k = 0; k < count; ++k)
-                decode(*network_, manifest, *manifest.decoder,
-                       std::span(start_).subspan(k * manifest.size, manifest.size),
+                decode(*network_, manifest, *manifest.decoder, noise.subspan(k * manifest.size, manifest.size),
                        out.subspan(k * manifest.image_size, manifest.image_size));
         } else {
             state.read(out, {});

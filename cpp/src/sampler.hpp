@@ -51,7 +51,6 @@ private:
     std::string device_;
     GraphSet believed_; // graphs whose golden cases have passed, or need not
     std::vector<std::pair<std::size_t, std::unique_ptr<State>>> states_; // by batch: a full one and the rest
-    std::vector<float> start_;
     std::vector<std::int64_t> labels_;
 };
 

@@ -5,6 +5,11 @@
 #include "backends/memory.hpp"
 #include "error.hpp"
 
+struct CUstream_st;
+struct CUevent_st;
+struct CUgraph_st;
+struct CUgraphExec_st;
+
 namespace diffx::core {
 namespace {
 
@@ -12,10 +17,10 @@ namespace {
 constexpr int kToDevice = 1, kToHost = 2;                   // cudaMemcpyKind
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76; // cudaDeviceAttr
 constexpr int kThisThread = 1;                              // cudaStreamCaptureMode
-using Stream = struct CUstream_st*;
-using Event = struct CUevent_st*;
-using Graph = struct CUgraph_st*;
-using Executable = struct CUgraphExec_st*;
+using Stream = CUstream_st*;
+using Event = CUevent_st*;
+using Graph = CUgraph_st*;
+using Executable = CUgraphExec_st*;
 
 class Cuda {
     Library library_{"cuda", "DIFFX_CUDART_LIBRARY", DIFFX_CUDART_LIBRARY, "install the CUDA runtime"};
@@ -141,7 +146,7 @@ public:
         return std::make_unique<DeviceBuffer>(cuda_, bytes);
     }
     void upload(Buffer& to, const void* from, std::size_t bytes) override {
-        static_cast<DeviceBuffer&>(to).staging().send(to.data(), from, bytes, stream_);
+        dynamic_cast<DeviceBuffer&>(to).staging().send(to.data(), from, bytes, stream_);
     }
     void download(void* to, Buffer& from, std::size_t bytes) override {
         cuda_.check(cuda_.copy(to, from.data(), bytes, kToHost, stream_));

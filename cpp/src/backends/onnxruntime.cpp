@@ -65,6 +65,7 @@ public:
     }
 
     std::string device() const override { return cuda_ ? "CUDA device " + std::to_string(options_.device) : "CPU"; }
+    std::size_t max_batch() const override { return 0; }
     std::unique_ptr<State> state(std::size_t batch) override;
     void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) override;
 

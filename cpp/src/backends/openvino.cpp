@@ -70,6 +70,7 @@ public:
     }
 
     std::string device() const override { return property("FULL_DEVICE_NAME"); }
+    std::size_t max_batch() const override { return 0; }
     std::unique_ptr<State> state(std::size_t batch) override;
     void decode(std::span<const float> latents, std::array<std::int64_t, 2> sides, std::span<float> image) override;
 
