@@ -22,6 +22,7 @@ class Component:
         option: the CMake option that builds it in.
         name: its name in ``diffx::Backend``.
         headers: how CMake is told where the runtime's headers are.
+        folder: what that folder is.
         library: what to install where the program runs.
         variable: the environment variable that names the library's file where it is in no usual place.
     """
@@ -29,6 +30,7 @@ class Component:
     option: str
     name: str
     headers: str
+    folder: str
     library: str
     variable: str
 
@@ -38,24 +40,32 @@ COMPONENTS = {
         "DIFFX_ONNXRUNTIME",
         "OnnxRuntime",
         "-Donnxruntime_ROOT=FOLDER",
-        "ONNX Runtime 1.21 or later, `libonnxruntime.so.1`, of its releases or of a Python wheel",
+        "FOLDER is an unpacked release of ONNX Runtime, whose `include` holds `onnxruntime_c_api.h`",
+        "ONNX Runtime 1.21 or later, `libonnxruntime.so.1`, of a release or a Python wheel",
         "DIFFX_ONNXRUNTIME_LIBRARY",
     ),
     "openvino": Component(
-        "DIFFX_OPENVINO", "OpenVino", "-DOpenVINO_ROOT=FOLDER", "OpenVINO, `libopenvino_c.so`", "DIFFX_OPENVINO_LIBRARY"
+        "DIFFX_OPENVINO",
+        "OpenVino",
+        "-DOpenVINO_ROOT=FOLDER",
+        "FOLDER is an unpacked release of OpenVINO, or its Python package, whose `include` holds `openvino/c/openvino.h`",
+        "OpenVINO, `libopenvino_c.so`",
+        "DIFFX_OPENVINO_LIBRARY",
     ),
     "trt": Component(
         "DIFFX_TENSORRT",
         "TensorRt",
         "-DTensorRT_ROOT=FOLDER -DCUDAToolkit_ROOT=FOLDER",
-        "TensorRT, `libnvinfer.so`, and engines made on that machine by `diffx build --backend trt`",
+        "Both are folders with an `include`: that of TensorRT 10 or 11, `NvInferRuntime.h`, and of CUDA",
+        "TensorRT of the headers' major version, `libnvinfer.so`, and engines made there by `diffx build --backend trt`",
         "DIFFX_TENSORRT_LIBRARY",
     ),
     "trt-rtx": Component(
         "DIFFX_TENSORRT",
         "TensorRtRtx",
         "-DTensorRT_ROOT=FOLDER -DCUDAToolkit_ROOT=FOLDER",
-        "TensorRT for RTX, `libtensorrt_rtx.so.1`, and engines made by `diffx build --backend trt-rtx`",
+        "Both are folders with an `include`: that of TensorRT 11, `NvInferRuntime.h`, and of CUDA",
+        "TensorRT for RTX 1.5 or later, `libtensorrt_rtx.so.1`, and engines made by `diffx build --backend trt-rtx`",
         "DIFFX_TENSORRT_RTX_LIBRARY",
     ),
 }
@@ -66,8 +76,7 @@ project(sample LANGUAGES C CXX)
 
 find_package(diffx QUIET)
 if(NOT diffx_FOUND)
-  set(DIFFX_ONNXRUNTIME OFF CACHE BOOL "")
-  set({option} ON CACHE BOOL "" FORCE)
+  {only}set({option} ON CACHE BOOL "")
   set(BUILD_SHARED_LIBS OFF CACHE BOOL "")
   add_subdirectory(diffx)
 endif()
@@ -77,15 +86,19 @@ target_link_libraries(sample PRIVATE diffx::runtime)
 """
 
 _MAIN = """\
+#include <cstdio>
 #include <fstream>
 
 #include "diffx.hpp"
 
-int main() {{
+int main() try {{
     diffx::Bundle bundle("{bundle}");
     auto sampler = bundle.sampler(diffx::Backend::{backend});
     auto images = sampler.sample({{{request}, .steps = {steps}, .seed = 0}});
     std::ofstream("images.f32", std::ios::binary).write((const char*)images.data.data(), images.data.size() * 4);
+}} catch (const diffx::Error& error) {{
+    std::fprintf(stderr, "%s\\n", error.what());
+    return 1;
 }}
 """
 
@@ -98,12 +111,15 @@ _README = """\
 ## x86-64
 
 Needed to build: a C++20 compiler, CMake 3.22, nlohmann-json (Debian: `nlohmann-json3-dev`), and the headers of the runtime.
+{folder}.
 
     cmake -S . -B build {headers}
     cmake --build build
     ./build/sample
 
-Needed to run: {library}. Where it lies in no usual place, `{variable}=/path/to/it ./build/sample`.
+Needed to run: {library}.
+Where it lies in no usual place, `{variable}=/path/to/it ./build/sample`. The program finds `{bundle}`
+in the folder where it is started; these three are all that another machine needs.
 
 ## aarch64
 
@@ -115,14 +131,14 @@ when the program runs, so that only its headers are needed):
 
 ## Jetson
 
-JetPack brings CUDA and TensorRT 10 with headers. On the Jetson itself, make the engines and build with TensorRT:
+JetPack brings CUDA and TensorRT 10 with headers. On the Jetson itself, take `diffx::Backend::TensorRt` in `main.cpp`, make
+the engines (`diffx` is the Python package) and build with TensorRT alone:
 
     diffx build {bundle} --backend trt
-    cmake -S . -B build -DDIFFX_TENSORRT=ON -DTensorRT_ROOT=/usr -DCUDAToolkit_ROOT=/usr/local/cuda
+    cmake -S . -B build {without}-DDIFFX_TENSORRT=ON -DTensorRT_ROOT=/usr -DCUDAToolkit_ROOT=/usr/local/cuda
     cmake --build build
 
-and take `diffx::Backend::TensorRt` in `main.cpp`. Whether an engine gives the right numbers there, `diffx-sample {bundle}
---backend trt --selftest` says.
+Before its first sample the program runs recorded cases of the bundle, and refuses an engine that differs from PyTorch.
 """
 
 
@@ -159,7 +175,10 @@ def embed(bundle: Bundle, out: str | Path, backend: str = "ort") -> Path:
         "count": 3,
         "shape": ", ".join(map(str, (3, *shape))),
         "option": component.option,
+        "only": "" if component.option == "DIFFX_ONNXRUNTIME" else 'set(DIFFX_ONNXRUNTIME OFF CACHE BOOL "")\n  ',
+        "without": "" if component.option == "DIFFX_TENSORRT" else f"-D{component.option}=OFF ",
         "headers": component.headers,
+        "folder": component.folder,
         "library": component.library,
         "variable": component.variable,
     }

@@ -196,7 +196,7 @@ def test_memory_is_what_the_documentation_says(cpp, toy_bundle, tmp_path, name, 
     for num, batch in [(2000, 2000), (6000, 2000), (3000, 2000), (2999, 1000)]:
         rows = batch + num % batch
         bound = image * (6 * rows + num) + label * (2 * rows + num)
-        assert 0.7 * bound < peak(num, batch) <= bound + least
+        assert 0.95 * bound < peak(num, batch) <= bound + least
 
 
 def test_the_library_is_small(cpp, tmp_path):
@@ -337,7 +337,7 @@ def test_embed_writes_a_project_that_builds_and_draws(cpp, project, family_bundl
         subprocess.run([program], check=True, cwd=project, env=cpp.environment | environment)
         return np.fromfile(project / "images.f32", np.float32)
 
-    assert len((project / "main.cpp").read_text().splitlines()) <= 10
+    assert len((project / "main.cpp").read_text().partition("int main")[2].splitlines()) <= 10
     readme = (project / "README.md").read_text()
     for words in ("x86-64", "aarch64", "Jetson", "cmake -S . -B build -Donnxruntime_ROOT=FOLDER"):
         assert words in readme

@@ -134,7 +134,7 @@ private:
 
 class DeviceMemory final : public CudaMemory {
 public:
-    explicit DeviceMemory(int device) : cuda_(cuda()) {
+    explicit DeviceMemory(int device) : cuda_(cuda()), device_(device) {
         cuda_.check(cuda_.set_device(device));
         cuda_.check(cuda_.stream_create(&stream_));
     }
@@ -146,6 +146,7 @@ public:
         return std::make_unique<DeviceBuffer>(cuda_, bytes);
     }
     void upload(Buffer& to, const void* from, std::size_t bytes) override {
+        cuda_.check(cuda_.set_device(device_)); // a sampler may have gone to another thread
         dynamic_cast<DeviceBuffer&>(to).staging().send(to.data(), from, bytes, stream_);
     }
     void download(void* to, Buffer& from, std::size_t bytes) override {
@@ -175,6 +176,7 @@ public:
 
 private:
     const Cuda& cuda_;
+    int device_;
     Stream stream_ = nullptr;
 };
 
