@@ -126,8 +126,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise SpecError(f"name {self.name!r}: expected a plain file name")
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise SpecError(f"max_batch {self.max_batch}: expected 1..{MAX_BATCH}")
-        if not all(text.isprintable() for tool in self.tools.items() for text in tool):
-            raise SpecError("tools: expected names and versions that can be printed")
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -291,9 +289,12 @@ def read_tensors(path: Path) -> Tensors:
     from safetensors.numpy import load
 
     try:
-        return load(read_regular(path, MAX_TENSORS))
+        tensors = load(read_regular(path, MAX_TENSORS))
     except Exception as error:  # safetensors and NumPy have a different exception for every kind of damage
         raise BundleError(f"{path}: cannot be read as safetensors ({error})") from error
+    if not all(map(str.isprintable, tensors)):
+        raise BundleError(f"{path}: names a tensor with more than text that can be printed")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
@@ -301,6 +302,28 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     from safetensors.numpy import save
 
     path.write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+
+
+def decode_plain(data: bytes, kind: type[_Struct]) -> _Struct:
+    """A struct from JSON whose every text can be shown on a terminal, and every number kept in 64 bits.
+
+    Raises:
+        SpecError: it holds others.
+        msgspec.DecodeError: it is no JSON of this kind.
+    """
+    value = msgspec.json.decode(data, type=kind)
+    parts = [msgspec.to_builtins(value)]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            parts += part
+        elif isinstance(part, str) and not part.isprintable():
+            raise SpecError(f"{part[:80]!r}: expected text that can be printed")
+        elif isinstance(part, int) and not -(1 << 63) <= part < 1 << 63:
+            raise SpecError("a number takes more than 64 bits")
+    return value
 
 
 def _decode(path: Path, kind: type[_Struct]) -> _Struct:
@@ -316,7 +339,7 @@ def _decode(path: Path, kind: type[_Struct]) -> _Struct:
             raise BundleError(
                 f"{path}: schema version {schema}, this diffexport reads {SCHEMA}; export the model again"
             )
-        return msgspec.json.decode(data, type=kind)
+        return decode_plain(data, kind)
     except (msgspec.DecodeError, SpecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: not a valid {path.name} ({error}); export the model again") from error
 

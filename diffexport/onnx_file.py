@@ -149,8 +149,10 @@ def _varint(data: Message, position: int) -> tuple[int, int]:
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, position
-    raise ValueError("it is no ONNX model")
+            break
+    if value >> 64:  # others would leave out the upper bits and read another number
+        raise ValueError("it is no ONNX model")
+    return value, position
 
 
 def _fields(data: Message) -> Iterator[tuple[int, int | Message]]:
@@ -159,6 +161,8 @@ def _fields(data: Message) -> Iterator[tuple[int, int | Message]]:
     while position < end:
         tag, position = (data[position], position + 1) if data[position] < 0x80 else _varint(data, position)
         kind = tag & 7
+        if not 8 <= tag < 1 << 32:  # others would leave out the upper bits and read another field
+            raise ValueError("it is no ONNX model")
         if kind == 0:
             value, position = _varint(data, position)
             yield tag >> 3, value

@@ -21,10 +21,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from diffexport.bundle import MANIFEST, Bundle, sha256_of
+from diffexport.bundle import MANIFEST, MAX_JSON, Bundle, sha256_of
 from diffexport.decoding import tile_of
 from diffexport.errors import DiffexportError
-from diffexport.files import creating_file, remove_left_overs, replacing_file
+from diffexport.files import creating_file, read_regular, remove_left_overs, replacing_file, why
 from diffexport.pictures import save_sample
 from diffexport.plan import Plan
 from diffexport.sampler import Sampler, check_run
@@ -154,13 +154,15 @@ def _claim(folder: Path, wanted: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_left_overs(folder)
     path = folder / SETTINGS
-    if not path.exists():
+    if not os.path.lexists(path):
         if any(not name.startswith(".") for name in os.listdir(folder)):
             raise DiffexportError(f"{folder}: holds other files and no {SETTINGS}; choose an empty or a new folder")
         with creating_file(path) as work:
             work.write_bytes(msgspec.json.format(msgspec.json.encode(wanted), indent=2) + b"\n")
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Settings)
+        found = msgspec.json.decode(read_regular(path, MAX_JSON), type=Settings)
+    except OSError as error:
+        raise DiffexportError(f"{path}: cannot be read ({why(error)}); choose another folder") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DiffexportError(f"{path}: is damaged ({error}); choose another folder") from error
     for decides, told in (

@@ -18,6 +18,7 @@ from diffexport.errors import SpecError
 
 Array = NDArray[np.float64]
 MAX_LEVELS = 1_000_000
+MIN_SIGMA, MAX_SIGMA = 1e-9, 1e9
 
 Kind = Literal["ddpm", "ldm", "sigmoid", "cosine", "loglinear", "flow", "levels"]
 
@@ -44,10 +45,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not 1 <= self.N <= MAX_LEVELS:
             raise SpecError(f"schedule {self.kind}: N is {self.N}, expected 1..{MAX_LEVELS}")
         values = schedule_sigmas(self)
-        if not (np.isfinite(values).all() and values[0] > 0 and (np.diff(values) > 0).all()):
+        if not (values[0] >= MIN_SIGMA and values[-1] <= MAX_SIGMA and (np.diff(values) > 0).all()):  # nor NaN
             raise SpecError(
                 f"schedule {self.kind} ({self.start:g} to {self.end:g}, N {self.N}): "
-                "expected finite sigmas above 0 that rise from first to last"
+                f"expected sigmas of {MIN_SIGMA:g} to {MAX_SIGMA:g} that rise from first to last"
             )
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS, MEGABYTES = 5, 1024
 
 
-def fuzz_one(name: str, runs: int, folder: Path) -> None:
+def fuzz_one(name: str, runs: int, seed: int, folder: Path) -> None:
     """Run one reader in this process; libFuzzer ends it."""
     import atheris
 
@@ -29,12 +29,12 @@ def fuzz_one(name: str, runs: int, folder: Path) -> None:
     reader = strangers.readers(folder / "files")[name]
     corpus = folder / "corpus"
     corpus.mkdir()
-    for index, seed in enumerate(reader.seeds):
-        (corpus / str(index)).write_bytes(seed)
+    for index, whole in enumerate(reader.seeds):
+        (corpus / str(index)).write_bytes(whole)
     largest = max(map(len, reader.seeds))
     atheris.Setup(
         [
-            "fuzz", str(corpus), f"-runs={runs}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", "-seed=1",
+            "fuzz", str(corpus), f"-runs={runs}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-seed={seed}",
             f"-max_len={2 * largest + 256}", f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0",
         ],
         lambda data: strangers.outcome(reader, data),
@@ -42,18 +42,31 @@ def fuzz_one(name: str, runs: int, folder: Path) -> None:
     atheris.Fuzz()
 
 
-def fuzz(name: str, runs: int) -> str:
+def fuzz(name: str, runs: int, seed: int) -> str:
     """Run one reader in a process of its own; a row of the table, or what ended it."""
     with tempfile.TemporaryDirectory(prefix="diffx-fuzz-") as folder:
         started = time.monotonic()
-        words = [sys.executable, "-W", "ignore", __file__, "--reader", name, "--runs", str(runs), "--in", folder]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        words = [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--reader",
+            name,
+            "--runs",
+            str(runs),
+            "--seed",
+            str(seed),
+            "--in",
+            folder,
+        ]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         seconds = time.monotonic() - started
-        stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", done.stderr))
+        stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", done.stdout))  # where atheris names an exception, too
         if done.returncode or int(stats.get("number_of_executed_units", 0)) < runs:
             kept = [path.read_bytes() for path in Path(folder).glob("*-*") if path.is_file()]
             raise SystemExit(
-                f"{name}: FAILED, exit status {done.returncode}\n{done.stderr[-6000:]}\ninput: {kept[:1]!r}"
+                f"{name}: FAILED, exit status {done.returncode}\n{done.stdout[-6000:]}\ninput: {kept[:1]!r}"
             )
         return f"| {name} | {stats['number_of_executed_units']} | {stats['peak_rss_mb']} | {seconds:.0f} |"
 
@@ -61,11 +74,12 @@ def fuzz(name: str, runs: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=12_500, help="inputs for each reader")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--reader", action="append", help="only this one; repeatable")
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.folder is not None:
-        return fuzz_one(given.reader[0], given.runs, given.folder)
+        return fuzz_one(given.reader[0], given.runs, given.seed, given.folder)
     sys.path[:0] = [str(ROOT / "tests")]
     import strangers
 
@@ -73,7 +87,7 @@ def main() -> None:
         names = given.reader or list(strangers.readers(Path(folder)))
     print("| reader | inputs | peak memory, MB | s |\n|---|---|---|---|")
     for name in names:
-        print(fuzz(name, given.runs), flush=True)
+        print(fuzz(name, given.runs, given.seed), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ A fault of the exporter is planted in what writes the graphs, so that PyTorch st
 hashes that were mended, since a hash would see any of them. A fault of the runtime is planted after export.
 """
 
+import re
 import shutil
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -516,3 +518,18 @@ def test_verify_says(name, toy_bundle, other_bundle, tmp_path, monkeypatch):
     findings = {finding.name: finding for finding in verify(path)}
     assert not findings[caught_by].passed
     assert "\n" not in findings[caught_by].detail
+
+
+def test_the_page_counts_and_names_them():
+    page = (Path(__file__).parent.parent / "docs" / "trust.md").read_text()
+    counts = re.search(
+        r"plants (\d+) faults.*?(\d+) are faults of the exporter.*? (\d+) are faults of a bundle", page, re.DOTALL
+    )
+    assert [int(count) for count in counts.groups()] == [len(EXPORT) + len(VERIFY), len(EXPORT), len(VERIFY)]
+    rows = re.findall(r"^\| (.+?)(?: \(.+\))? \| (export|`diffx verify`, (.+?)) \|$", page, re.MULTILINE)
+    assert len(rows) == 14
+    for name, _, what in rows:
+        if what:
+            assert VERIFY[name][1].startswith(what)
+        else:
+            assert name in EXPORT

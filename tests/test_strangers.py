@@ -15,8 +15,9 @@ from mending import edit_json, rehash
 from refusals import assert_refused
 from strangers import FACTS, altered, outcome, readers
 
-from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, Bundle
-from diffexport.errors import BundleError, CheckpointError
+from diffexport.backends.onnxruntime import load_graph
+from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, Bundle, read_tensors, write_tensors
+from diffexport.errors import BackendError, BundleError, CheckpointError
 from diffexport_reference.checkpoints import load_checkpoint
 from diffexport_reference.model import TimeInputMLP
 
@@ -76,7 +77,7 @@ def test_the_name_of_a_bundle_is_no_path(copy, diffx, tmp_path, name):
     (lambda m: m["defaults"].update(batch=1 << 40), "batch 1099511627776"),
     (lambda m: m.update(max_batch=0), "max_batch 0"),
     (lambda m: m["tools"].update(torch="2\x9b31m"), "can be printed"),
-    (lambda m: m["files"].update({"a\nb": {"size": 1, "sha256": ""}}), "missing or not a regular file"),
+    (lambda m: m["files"].update({"a\nb": {"size": 1, "sha256": ""}}), "can be printed"),
 ])  # fmt: skip
 def test_absurd_manifests_are_refused_before_anything_is_made(copy, diffx, change, message):
     edit_json(copy / MANIFEST, change)
@@ -185,6 +186,97 @@ def test_domains_inside_a_loop_are_seen(copy):
     rehash(copy, "sampler.onnx")
     with pytest.raises(BundleError, match=r"domain 'com\.somebody'"):
         Bundle.open(copy)
+
+
+def test_a_field_that_others_read_as_another_is_refused(copy):
+    """A tag of five bytes, of which protobuf drops the upper bits: it reads a domain where others see no known field."""
+    model = onnx.load(copy / "step.onnx", load_external_data=False)
+    hidden = bytes([7 << 3 | 2 | 0x80, 0x80, 0x80, 0x80, 0x10]) + _sized(b"com.somebody")
+    node = model.graph.node[0].SerializeToString() + hidden
+    del model.graph.node[:1]
+    graph = b"\x0a" + _sized(node) + model.graph.SerializeToString()
+    model.ClearField("graph")
+    (copy / "step.onnx").write_bytes(model.SerializeToString() + b"\x3a" + _sized(graph))
+    rehash(copy, "step.onnx")
+    with pytest.raises(BackendError, match=r"com\.somebody"):
+        load_graph(copy / "step.onnx")
+    with pytest.raises(BundleError, match="refused, it is no ONNX model"):
+        Bundle.open(copy)
+
+
+def _sized(data):
+    """A length as protobuf writes it, and the bytes."""
+    size, length = len(data), b""
+    while size >= 128:
+        size, length = size >> 7, length + bytes([size & 127 | 128])
+    return length + bytes([size]) + data
+
+
+ESCAPE = "\x1b]0;owned\x07"
+
+
+@pytest.mark.parametrize("plant", [
+    lambda path: edit_json(path / CERTIFICATE, lambda c: c["measurements"][0].update(check=ESCAPE)),
+    lambda path: (edit_json(path / MANIFEST, lambda m: m.update(keep_fp32=[ESCAPE])), rehash(path)),
+    lambda path: ((path / ESCAPE).write_bytes(b"file"), rehash(path, ESCAPE)),
+], ids=["certificate", "manifest", "name of a file"])  # fmt: skip
+def test_no_text_of_a_bundle_controls_the_terminal(copy, diffx, plant):
+    plant(copy)
+    for command in ("inspect", "verify"):
+        _, out, err = diffx(command, copy)
+        assert "expected text that can be printed" in out + err
+        assert (out + err).replace("\n", "").isprintable()
+
+
+def test_no_name_of_a_plan_controls_the_terminal(copy, diffx):
+    plans = read_tensors(copy / PLANS)
+    write_tensors(
+        copy / PLANS, plans | {f"{ESCAPE}.20": plans["ddim.20"], f"{ESCAPE}.20.x_scale": plans["ddim.20.x_scale"]}
+    )
+    rehash(copy, PLANS)
+    for command in ("inspect", "verify"):
+        _, out, err = diffx(command, copy)
+        assert "names a tensor with more than text that can be printed" in out + err
+        assert (out + err).replace("\n", "").isprintable()
+
+
+def test_numbers_of_a_thousand_digits_are_refused(copy, diffx):
+    edit_json(copy / MANIFEST, lambda m: m.update(parameters=10**400))
+    rehash(copy)
+    assert_refused(diffx("inspect", copy), "a number takes more than 64 bits")
+
+
+def test_schedules_beyond_all_numbers_are_refused(copy, diffx):
+    beyond = {"kind": "loglinear", "start": 5e-324, "end": 1e308, "N": 1000}
+    edit_json(copy / MANIFEST, lambda m: m["model"].update(schedule=beyond))
+    rehash(copy)
+    assert_refused(diffx("sample", copy, "--sampler", "lms-2"), "expected sigmas of 1e-09 to 1e+09")
+
+
+@pytest.mark.parametrize("name", ["engines", "engines/step"])
+def test_engines_are_not_looked_for_elsewhere(copy, diffx, tmp_path, name):
+    """A build would write there, and remove what it takes for its own."""
+    others = tmp_path / "others" / ".step.999999.abc"
+    others.mkdir(parents=True)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).symlink_to(others.parent)
+    status, out, _ = diffx("verify", copy)
+    assert status == 1
+    assert f"FAIL  engines: {copy / name}: a link, expected a folder in the bundle" in out
+    if name == "engines":
+        assert_refused(diffx("build", copy, "--target", "sm86"), "engines: a link")
+    assert list(others.parent.iterdir()) == [others]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_settings_of_samples_are_a_regular_file(copy, diffx, tmp_path, kind):
+    path = tmp_path / "out" / "settings.json"
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert_refused(diffx("sample", copy, "--num", 1, "--steps", 1, "--out", "out/"), "settings.json: cannot be read (")
 
 
 def test_a_graph_that_cannot_run_is_one_line(copy, diffx):

@@ -26,6 +26,7 @@ from diffexport.engines.record import (
     Engine,
     EngineKey,
     EngineRecord,
+    engines_folder,
     engines_of,
     graph_sha256,
     read_engine,
@@ -117,7 +118,7 @@ def build(
         )
         for graph in _graphs(bundle, graphs)
     ]
-    folder = bundle.path / FOLDER
+    folder = engines_folder(bundle)
     with writing(folder, EngineError):
         folder.mkdir(exist_ok=True)
         remove_left_overs(folder)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from diffexport.bundle import MAX_JSON, WEIGHTS, Bundle, FileEntry, Precision, sha256_of
+from diffexport.bundle import MAX_JSON, WEIGHTS, Bundle, FileEntry, Precision, decode_plain, sha256_of
 from diffexport.engines.profiles import Profile
-from diffexport.errors import EngineError
+from diffexport.errors import EngineError, SpecError
 from diffexport.files import read_regular
 
 SCHEMA = 1
@@ -157,12 +157,12 @@ def read_engine(path: str | Path) -> Engine:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     try:
-        record = msgspec.json.decode(read_regular(folder / RECORD, MAX_JSON), type=EngineRecord)
+        record = decode_plain(read_regular(folder / RECORD, MAX_JSON), EngineRecord)
     except OSError as error:
         raise EngineError(
             f"{folder / RECORD}: cannot be read ({error.strerror}); expected an engine made by `diffx build`"
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, SpecError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"{folder / RECORD}: not a valid record ({error}); build again with `diffx build`") from error
     if record.schema != SCHEMA:
         raise EngineError(f"{folder / RECORD}: schema version {record.schema}, this diffexport reads {SCHEMA}")
@@ -172,14 +172,32 @@ def read_engine(path: str | Path) -> Engine:
 def engines_of(bundle: Bundle) -> tuple[list[Engine], list[str]]:
     """The engines in a bundle in the order of their names, and what is wrong with those that cannot be read."""
     engines, problems = [], []
-    folder = bundle.path / FOLDER
+    try:
+        folder = engines_folder(bundle)
+    except EngineError as error:
+        return [], [str(error)]
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir() and not path.name.startswith("."):
             try:
-                engines.append(read_engine(path))
+                engines.append(read_engine(_no_link(path)))
             except EngineError as error:
                 problems.append(str(error))
     return engines, problems
+
+
+def engines_folder(bundle: Bundle) -> Path:
+    """Where a bundle's engines are; it need not exist.
+
+    Raises:
+        EngineError: it is a link, so that engines would be read, written and removed elsewhere.
+    """
+    return _no_link(bundle.path / FOLDER)
+
+
+def _no_link(folder: Path) -> Path:
+    if folder.is_symlink():
+        raise EngineError(f"{folder}: a link, expected a folder in the bundle; remove it")
+    return folder
 
 
 def graph_sha256(bundle: Bundle, graph: str) -> str:
