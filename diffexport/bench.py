@@ -88,7 +88,7 @@ class Figure:
     ours: bool
     first_ms: float
     start_ms: float
-    memory_mb: float | None
+    memory_mb: float
     error: float
     steps: int
     step_ms: float
@@ -312,7 +312,6 @@ def _figure(each: _Opened, batch: int, work: Work | None, rates: dict[Precision,
     low, middle, high = statistics.quantiles(times, n=4)
     gflops = work.gflop * batch / middle if work is not None else None
     rate = rates.get(contender.precision)
-    memory = worker.ask("memory")
     return Figure(
         name=contender.name,
         precision=contender.precision,
@@ -320,7 +319,7 @@ def _figure(each: _Opened, batch: int, work: Work | None, rates: dict[Precision,
         ours=contender.ours,
         first_ms=each.first * 1e3,
         start_ms=each.start * 1e3,
-        memory_mb=memory / 1e6 if memory is not None else None,
+        memory_mb=worker.ask("memory") / 1e6,
         error=each.error,
         steps=len(times),
         step_ms=middle * 1e3,

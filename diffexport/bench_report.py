@@ -58,7 +58,7 @@ def _row(f: Figure) -> str:
         shown(f.of_matrix, ".2f"),
         f"{f.first_ms / 1e3:.2f}",
         f"{f.start_ms / 1e3:.2f}",
-        shown(f.memory_mb, ".0f"),
+        f"{f.memory_mb:.0f}",
         f"{f.error:.1e}",
         shown(f.loop, ".3f"),
     )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from diffexport.backends.session import Session
 from diffexport.bundle import Bundle
+from diffexport.machine import peak_memory, usable_cores
 from diffexport.noise import normal
 from diffexport.parity import relative_l2
 from diffexport.plan import GUIDANCE, make_plan
@@ -86,14 +85,9 @@ class Steps:
             spent += run + single
         return statistics.median(ratios)
 
-    def memory(self) -> int | None:
-        """Bytes of this process that were resident at most, where the system tells."""
-        try:
-            told = Path("/proc/self/status").read_text()
-        except OSError:
-            return None
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", told, re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+    def memory(self) -> int:
+        """The most memory that this process has held, in bytes."""
+        return peak_memory()
 
     def _begin(self) -> None:
         self._session.begin(self._x, self._label, rows=self._rows)
@@ -112,8 +106,6 @@ class Product:
             self._multiply = lambda: a @ b
             return
         import torch
-
-        from diffexport.machine import usable_cores
 
         torch.set_num_threads(usable_cores())
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 
@@ -33,3 +34,14 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
     found = re.search(r"^model name\s*: (.*)$", told, re.MULTILINE)
     return found[1] if found else platform.machine()
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike the resource module, it does not count what the parent held before the exec
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) << 10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from diffexport.engines.profiles import input_ranges
 from diffexport.engines.record import EngineKey, Network
 from diffexport.errors import DiffexportError, EngineError
 from diffexport.files import writing
+from diffexport.machine import peak_memory
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ def engine_from_onnx(trt: Any, job: Job, say: Callable[[Report], None], out: Bin
         out.write(engine)
         out.flush()
     return Report(
-        network=described, size=engine.nbytes, seconds=time.perf_counter() - started, peak_memory=_peak_memory()
+        network=described, size=engine.nbytes, seconds=time.perf_counter() - started, peak_memory=peak_memory()
     )
 
 
@@ -115,15 +115,6 @@ def _monitor(trt: Any, say: Callable[[Report], None]) -> Any:
             say(Report(doing=self._phases[-1]))
 
     return Monitor()
-
-
-def _peak_memory() -> int:
-    """The most memory that this process held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike the resource module, it does not count what the parent held before the exec
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def main() -> None:
