@@ -73,7 +73,7 @@ class Figure:
             runtime, reading weights and compiling are in it, the start of Python is not.
         start_ms: the same once more, in another fresh process that finds what the first has left in the caches.
         memory_mb: resident memory of the process at most, all in all.
-        error: largest relative L2 of its golden steps beside PyTorch's.
+        error: largest relative L2, as ``diffexport.parity`` has it, of the bundle's golden steps, PyTorch's in fp32.
         steps: how many were timed.
         step_ms, low_ms, high_ms: median and quartiles of a guided step.
         image_ms: of a run of 20 steps, for each image.
@@ -109,6 +109,7 @@ class Report:
         matrix: by batch and precision, GFLOP/s of a product of two square matrices of side ``MATRIX``, in turn with the
             batch's contenders.
         left_out: contenders that cannot run here or failed, with where and why.
+        notes: what else a reader should know, a sentence each.
     """
 
     model: str
@@ -119,6 +120,7 @@ class Report:
     matrix: dict[int, dict[Precision, float]] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -161,9 +163,7 @@ def contenders_of(
         on_cpu = name in ("ort", "openvino")
         found.append(_backend(bundle, name, precision, **(options if on_cpu else {})))
         if name == "openvino" and precision in ("fp32", "int8"):
-            found.append(
-                _backend(bundle, name, "bf16" if precision == "fp32" else precision, precision="bf16", **options)
-            )
+            found.append(_backend(bundle, name, precision, precision="bf16", **options))
     return found
 
 
@@ -184,8 +184,12 @@ def _open_peer(module: Callable[[], torch.nn.Module], spec: ModelSpec, *, compil
 
 
 def _backend(bundle: Bundle, backend: str, held: Precision, **options: Any) -> Contender:
-    told = f"{backend} {options['precision']}" if "precision" in options else backend
-    return Contender(told, held, functools.partial(open_session, bundle, backend, **options))
+    """A contender whose name says what is not fp32: the bundle, or what its fp32 layers are computed in."""
+    asked: Precision = options.get("precision", "fp32")
+    name = " ".join((backend, *dict.fromkeys(precision for precision in (held, asked) if precision != "fp32")))
+    return Contender(
+        name, asked if held == "fp32" else held, functools.partial(open_session, bundle, backend, **options)
+    )
 
 
 def bench(

@@ -34,6 +34,7 @@ def markdown(report: Report) -> str:
         ]
         figures = [figure for figure in report.figures if figure.batch == batch]
         lines += [_row(figure) for figure in sorted(figures, key=lambda figure: figure.step_ms)]
+    lines += [f"\n{note}" for note in report.notes]
     lines += [f"\nLeft out: {name}: {why}" for name, why in report.left_out.items()]
     return "\n".join(lines) + "\n"
 

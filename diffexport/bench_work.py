@@ -13,7 +13,7 @@ from diffexport.backends.session import Session
 from diffexport.bundle import Bundle
 from diffexport.machine import peak_memory, usable_cores
 from diffexport.noise import normal
-from diffexport.parity import relative_l2
+from diffexport.parity import amplification, measure_step
 from diffexport.plan import GUIDANCE, make_plan
 from diffexport.precision import Precision
 from diffexport.probes import probe_guidance, probe_labels
@@ -24,8 +24,8 @@ STEPS = 20
 _TURN = 1.0
 _TURN_STEPS = 5
 """A turn is as many steps as fit into so many seconds, at most so many; one at least."""
-_LOOPS = 4.0
-"""Seconds of runs, and of as many single steps, that are compared; one of each at least, five at most."""
+_LOOPS = 10.0
+"""Seconds after which no more runs are compared with single steps; one is at least, five are at most."""
 
 
 class Steps:
@@ -51,7 +51,10 @@ class Steps:
         return time.perf_counter() - started
 
     def judge(self) -> float:
-        """The largest relative L2 of the golden steps that are as guided as those timed; one sample fills the batch."""
+        """The largest error, as ``diffexport.parity`` measures it, of the golden steps that are as guided as those timed.
+
+        One sample fills the batch.
+        """
         cases, errors = self._bundle.golden(), []
         for k in sorted({name.split(".")[1] for name in cases if name.startswith("step.")}):
             case = {name.split(".")[2]: array for name, array in cases.items() if name.startswith(f"step.{k}.")}
@@ -61,7 +64,8 @@ class Steps:
             batch = {name: np.repeat(array[:1], self._batch, axis=0) for name, array in case.items()}
             self._session.begin(batch["x"], batch.get("label"), batch["h"])
             self._session.step(row, batch["z"])
-            errors.append(relative_l2(self._session.state()[0], batch["x_next"]))
+            found, amplified = self._session.state()[0], amplification(row)[0]
+            errors.append(measure_step("golden step", found, batch["x_next"], "fp32", amplified).relative_l2)
         self._begin()
         self._step()
         return max(errors)
@@ -76,7 +80,8 @@ class Steps:
         ratios: list[float] = []
         settings = {"sampler": "ddim", "steps": STEPS, "guidance_scale": probe_guidance(self._bundle.spec)}
         spent = 0.0
-        while not ratios or (spent * (1 + 1 / len(ratios)) < 2 * _LOOPS and len(ratios) < 5):
+        while not ratios or (spent < _LOOPS and len(ratios) < 5):
+            self._step()
             run = _seconds(lambda: sampler.sample(num=self._batch, batch=self._batch, **settings))  # type: ignore[arg-type]
             self._begin()
             self._step()

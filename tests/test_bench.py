@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import TOYS
 from PIL import Image
 from refusals import assert_refused
 
+import diffexport
 from diffexport.backends.torch import TorchSession
 from diffexport.bench import Contender, Work, bench, contenders_of
 from diffexport.bench_peers import PeerSession, work_of
@@ -110,6 +112,15 @@ def test_every_contender_has_figures_at_every_batch(toy_bundle, tmp_path):
     assert {(0x25, 0x63, 0xA8), (0x9A, 0xA4, 0xAE)} <= colours
 
 
+def test_names_say_what_is_not_fp32(toy_bundle, toy, tmp_path):
+    module, spec = toy("plain")
+    half = diffexport.export(module, spec, tmp_path / "half.diffx", precision="fp16", max_batch=1)
+    named = {c.name: c.precision for c in contenders_of(half) if not c.name.startswith(("trt", "ort-"))}
+    assert named == {"ort fp16": "fp16", "openvino fp16": "fp16"}
+    named = {c.name: c.precision for c in contenders_of(toy_bundle("plain")) if not c.name.startswith(("trt", "ort-"))}
+    assert named == {"ort": "fp32", "openvino": "fp32", "openvino bf16": "bf16"}
+
+
 def test_a_slow_contender_is_seen_to_be_slow_and_the_broken_are_left_out(toy_bundle):
     """Time is taken of the step itself: one that sleeps is slower by its sleep."""
     bundle = toy_bundle("plain")
@@ -160,6 +171,26 @@ def _runs(pid):
     return stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"
 
 
+@pytest.mark.slow
+def test_int8_beside_the_rest(diffx):
+    """Of the same weights, judged by the same golden steps; the second time it comes from the cache."""
+    checkpoint = Path(__file__).parent / "trained" / "unet.pt"
+    status, _, err = diffx("export", checkpoint, "--out", "unet.diffx", "--max-batch", "1")
+    assert status == 0, err
+    words = ("bench", "unet.diffx", "--checkpoint", checkpoint, "--int8", "--batch", "1", "--seconds", "0.05")
+    status, out, err = diffx(*words, "--only", "ort", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    found = {figure["name"]: figure for figure in report["figures"]}
+    assert set(found) == {"ort", "ort int8"}
+    assert found["ort"]["error"] < 1e-5 < found["ort int8"]["error"] < 1e-1
+    assert report["work"]["gflop"] > report["work"]["attention"] > 0
+    (note,) = report["notes"]
+    assert re.fullmatch(r"Int8: (\d+) of (\d+) layers that can be; its runs are within [\d.]+ dB of PyTorch's\.", note)
+    kept = list(Path(os.environ["DIFFX_CACHE"]).glob("bench/*/unet-int8.diffx"))
+    assert len(kept) == 1
+
+
 def test_the_command(diffx, toy_bundle):
     path = toy_bundle("points").path
     words = ("bench", path, "--batch", "1", "--seconds", "0.05", "--only", "ort")
@@ -172,3 +203,4 @@ def test_the_command(diffx, toy_bundle):
     assert_refused(diffx("bench", path, "--only", "nothing"), "--only nothing")
     assert_refused(diffx("bench", "--model", "DiT-S/3"), "known: DiT-S/2")
     assert_refused(diffx("bench", path, "--model", "DiT-S/2"), "leave out the bundle")
+    assert_refused(diffx("bench", path, "--int8"), "give --checkpoint CKPT, or --model")

@@ -22,6 +22,9 @@ def bench(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The bundle's checkpoint, to measure PyTorch beside it.", metavar="CKPT")
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also an int8 bundle of the same weights; exported once, into the cache.")
+    ] = False,
     batch: Annotated[str, typer.Option(help="Batches.", metavar="B,B,...")] = "1,4,16",
     only: Annotated[
         str | None, typer.Option(help="Names of what to measure, by their beginning: openvino,PyTorch eager.")
@@ -39,7 +42,7 @@ def bench(
 
     Example: diffx bench --model DiT-S/2 --batch 1 --chart dit-s.png
 
-    Example: diffx bench digits.diffx --checkpoint digits.pt
+    Example: diffx bench digits.diffx --checkpoint digits.pt --int8
     """
     from diffexport.bench import Work, contenders_of
     from diffexport.bench import bench as measure
@@ -47,7 +50,7 @@ def bench(
     from diffexport.bundle import Bundle
     from diffexport.errors import BackendError
     from diffexport.files import replacing_file, writing
-    from diffexport_cli.bench_models import random_model
+    from diffexport_cli.bench_models import int8_bundle, random_model
     from diffexport_cli.checkpoint import read_module_of
     from diffexport_cli.output import find_bundle, print_json
 
@@ -56,6 +59,8 @@ def bench(
         raise BackendError("--seconds, --threads: expected more than 0")
     if model is not None and (bundle is not None or checkpoint is not None):
         raise BackendError(f"--model {model}: is measured with random weights; leave out the bundle and --checkpoint")
+    if int8 and model is None and checkpoint is None:
+        raise BackendError("--int8: is exported from the weights; give --checkpoint CKPT, or --model")
     with progress_bar("opening") as progress:
         if model is not None:
             checkpoint, bundle = random_model(model, lambda what, part: progress(f"exporting {model}: {what}", part))
@@ -66,13 +71,19 @@ def bench(
             from diffexport.bench_peers import work_of
 
             work = work_of(module(), opened.spec)
-        contenders = contenders_of(opened, module, threads)
+        contenders, notes = contenders_of(opened, module, threads), []
+        if int8:
+            assert checkpoint is not None
+            quantized, note = int8_bundle(checkpoint, opened, lambda what, part: progress(f"int8: {what}", part))
+            contenders += contenders_of(quantized, None, threads)
+            notes.append(note)
         if only is not None:
             wanted = tuple(name.strip() for name in only.split(","))
             contenders = [contender for contender in contenders if contender.name.startswith(wanted)]
         if not contenders:
             raise BackendError(f"--only {only}: nothing has such a name")
         report = measure(opened, contenders, batches, seconds=seconds, work=work, progress=progress)
+        report.notes += notes
     if json:
         print_json(report.as_dict())
     else:

@@ -1,13 +1,16 @@
-"""The models that ``diffx bench --model`` measures: random weights, kept in the cache as a checkpoint and its bundle."""
+"""What ``diffx bench`` makes and keeps in the cache: models of random weights and their bundles, and int8 bundles."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffexport.errors import SpecError
+
+if TYPE_CHECKING:
+    from diffexport.bundle import Bundle
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DiT-S/2": ("OfficialDiT", {"hidden_size": 384, "depth": 12, "num_heads": 6}),
@@ -18,8 +21,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Class and what its constructor is told."""
 
 
-def random_model(name: str, progress: Callable[[str, float], None]) -> tuple[Path, Path]:
+def random_model(name: str, progress: Callable[[str, float], None], **changes: Any) -> tuple[Path, Path]:
     """The files of a checkpoint and of its bundle, from the cache; made where they are not there yet.
+
+    Args:
+        changes: what the constructor is told in place of the model's own.
 
     Raises:
         SpecError: no such model, or the cache cannot be written.
@@ -27,24 +33,71 @@ def random_model(name: str, progress: Callable[[str, float], None]) -> tuple[Pat
     import torch
 
     import diffexport
-    from diffexport.cache import cached, key_of, put
+    from diffexport.cache import key_of
 
     if name not in MODELS:
         raise SpecError(f"--model {name!r}: there is none of this name; known: {', '.join(MODELS)}")
+    model_class, args = MODELS[name][0], MODELS[name][1] | changes
     checkpoint, bundle = (f"{name.replace('/', '-')}.{ending}" for ending in ("pt", "diffx"))
-    key = key_of("random", name, MODELS[name], diffexport.__version__, torch.__version__, _exporter())
+    key = key_of("random", name, args, diffexport.__version__, torch.__version__, _exporter())
 
     def write(work: Path) -> None:
         from diffexport_cli.checkpoint import read_checkpoint
 
-        _write_random(name, work / checkpoint)
+        _write_random(model_class, args, work / checkpoint)
         found = read_checkpoint(work / checkpoint)
         diffexport.export(found.module, found.spec, work / bundle, progress=progress)
+
+    folder = _kept(key, write)
+    return folder / checkpoint, folder / bundle
+
+
+def int8_bundle(checkpoint: Path, bundle: Bundle, progress: Callable[[str, float], None]) -> tuple[Bundle, str]:
+    """The int8 bundle of a checkpoint, exported as a bundle of it was, and how much of it is int8, in a sentence.
+
+    Raises:
+        SpecError: the cache cannot be written.
+    """
+    import torch
+
+    import diffexport
+    from diffexport.cache import key_of
+    from diffexport_cli.checkpoint import read_module_of
+
+    manifest = bundle.manifest
+    file = f"{manifest.name}-int8.diffx"
+
+    def write(work: Path) -> None:
+        diffexport.export(
+            read_module_of(checkpoint, bundle.spec),
+            bundle.spec,
+            work / file,
+            precision="int8",
+            max_batch=manifest.max_batch,
+            defaults=manifest.defaults,
+            progress=progress,
+        )
+
+    key = key_of("int8", bundle.digest, diffexport.__version__, torch.__version__, _exporter())
+    made = diffexport.Bundle.open(_kept(key, write) / file)
+    certificate = made.certificate()
+    assert certificate.quantization is not None
+    layers = certificate.quantization.layers
+    worst = min(m.psnr for m in certificate.measurements if m.psnr is not None)
+    return made, (
+        f"Int8: {sum(not layer.kept for layer in layers)} of {len(layers)} layers that can be; its runs are within "
+        f"{worst:.1f} dB of PyTorch's."
+    )
+
+
+def _kept(key: str, write: Callable[[Path], None]) -> Path:
+    """An entry of the cache, made where it is not there yet."""
+    from diffexport.cache import cached, put
 
     folder = cached("bench", key) or put("bench", key, write)
     if folder is None:
         raise SpecError("the cache cannot be written; $DIFFX_CACHE names another folder")
-    return folder / checkpoint, folder / bundle
+    return folder
 
 
 def _exporter() -> str:
@@ -57,7 +110,7 @@ def _exporter() -> str:
     return digest.hexdigest()
 
 
-def _write_random(name: str, path: Path) -> None:
+def _write_random(model_class: str, args: dict[str, Any], path: Path) -> None:
     import torch
 
     from diffexport.schedules import DEFAULT_SCHEDULES
@@ -68,7 +121,6 @@ def _write_random(name: str, path: Path) -> None:
     from diffexport_reference.unet import Unet
 
     torch.manual_seed(0)
-    model_class, args = MODELS[name]
     unet = model_class == "Unet"
     module: Any = Unet(**args, cond_embed=CondEmbedderLabel(512, 10)) if unet else OfficialDiT(**args)
     for parameter in module.parameters():
