@@ -13,16 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 import diffexport
 from diffexport.backends.onnxruntime import OnnxRuntimeSession
-from diffexport_reference.official_dit import OfficialDiT
+from diffexport_cli.bench_models import random_model
 
 BIN = Path(sys.executable).parent
 MODEL = Path(__file__).parent.parent / "models" / "digits.pt"
 REPEATS = 7
-BY_HAND = "\n## C++"
+BY_HAND = "\n## Steps"
 
 
 def spread(values: list[float], unit: str, scale: float = 1.0) -> str:
@@ -43,18 +41,6 @@ def process(words: list[str], folder: str, repeats: int) -> tuple[list[float], f
             raise SystemExit(f"{words} failed")
         peak = max(peak, usage.ru_maxrss / 1e6)
     return seconds, peak
-
-
-def dit_s(folder: str) -> Path:
-    """A DiT-S/2 of the official code base with random weights, 33 M parameters."""
-    torch.manual_seed(0)
-    module = OfficialDiT(hidden_size=384, depth=12, num_heads=6)
-    for parameter in module.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    path = Path(folder) / "dit-s.pt"
-    torch.save(module.state_dict(), path)
-    return path
 
 
 def overhead(bundle: Path, repeats: int = REPEATS, **settings: object) -> tuple[list[float], list[float]]:
@@ -109,7 +95,8 @@ def one_call(bundle: Path, **settings: object) -> list[float]:
 
 def main(out: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, digits = dit_s(folder), Path(folder) / "digits.diffx"
+        checkpoint, _ = random_model("DiT-S/2", lambda _what, _part: None)
+        digits = Path(folder) / "digits.diffx"
         rows = []
         seconds, peak = process(["diffx", "export", str(checkpoint), "--out", "dit-s.diffx"], folder, 3)
         rows.append(
@@ -150,7 +137,8 @@ def main(out: str) -> None:
         f"{versions}. Medians, with the least and the largest in brackets; the machine is shared, so that ratios "
         "say more than times.",
         "",
-        "What a GPU does is in [gpu.md](gpu.md), written by `scripts/gpu-check`.",
+        "What a GPU does is in [gpu.md](gpu.md), written by `scripts/gpu-check`. Steps of every backend beside",
+        "PyTorch's are what `diffx bench` measures, below.",
         "",
         "## Whole processes",
         "",
