@@ -127,7 +127,7 @@ class Report:
         return asdict(self)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Runner:
     """What takes turns, and what they took."""
 
@@ -262,6 +262,8 @@ def _measure(
                 opened.append(_opened(bundle, contender, batch, Path(tempfile.mkdtemp(dir=caches)), workers))
             except BackendError as error:
                 leave_out(contender.name, error)
+        if not opened:
+            return
         products: dict[Precision, _Runner] = {
             precision: _Runner(f"matrix product {precision}", worker) for precision, worker in matrix.items()
         }
