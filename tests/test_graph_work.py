@@ -2,6 +2,8 @@
 
 import numpy as np
 import onnx
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -56,8 +58,10 @@ def test_attention_is_left_with_its_two_products(dit_bundle):
     for softmax in softmaxes:
         scores = makers[softmax.input[0]]
         assert scores.op_type == "MatMul"
-        for source, order in zip(scores.input, ([0, 2, 1, 3], [0, 2, 3, 1]), strict=True):
-            assert list(makers[source].attribute[0].ints) == order
+        q, k = (makers[source] for source in scores.input)
+        assert list(k.attribute[0].ints) == [0, 1, 3, 2]
+        for moved in (q, makers[k.input[0]]):
+            assert list(moved.attribute[0].ints) == [0, 2, 1, 3]
     transposed = [list(node.attribute[0].ints) for node in nodes if node.op_type == "Transpose"]
     assert [2, 0, 3, 1, 4] not in transposed
 
@@ -169,3 +173,46 @@ def test_conditions_of_a_network_without_labels(tmp_path):
     assert "conditioning" in bundle.manifest.graphs
     feeds = {"c_noise": np.array([0.5, 7.0], np.float32)}
     assert run_graph(bundle.graph("conditioning"), feeds)["condition"].shape == (2, 1)
+
+
+class Upsampling(nn.Module):
+    """A convolution after an upsampling, then one that brings other sizes back."""
+
+    def __init__(self, kernel=3, mode="nearest", scale=2.0, stride=1, **options):
+        super().__init__()
+        self.mode, self.scale = mode, scale
+        self.first = nn.Conv2d(1, 6, kernel, padding=kernel // 2, stride=stride, **options)
+        self.last = nn.Conv2d(6, 1, 3, stride=int(scale) // stride, padding=1)
+
+    def forward(self, x, c_noise, label):
+        x = self.first(nn.functional.interpolate(x, scale_factor=self.scale, mode=self.mode))
+        return self.last(x) + (c_noise + label)[:, None, None, None]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_a_doubled_image_is_computed_before_the_doubling(bias):
+    torch.manual_seed(0)
+    module = Upsampling(bias=bias).eval()
+    model = onnx_ir.to_proto(trace_network(module, SPEC))
+    kernels = [
+        list(attribute.ints)
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "kernel_shape"
+    ]
+    assert kernels == [[2, 2]] * 4 + [[3, 3]]
+    x, c_noise, label = torch.randn(3, *SPEC.shape), torch.tensor([0.5, 2.0, 9.0]), torch.tensor([1, 2, 0])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"net.x": x.numpy(), "net.c_noise": c_noise.numpy(), "net.label": label.numpy()})
+    with torch.inference_mode():
+        assert relative_l2(found, module(x, c_noise, label).numpy()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel": 5}, {"mode": "bilinear"}, {"scale": 3.0}, {"padding_mode": "circular"}, {"stride": 2}],
+    ids=str,
+)
+def test_another_upsampling_is_left_alone(options):
+    model = trace_network(Upsampling(**options), SPEC)
+    assert "DepthToSpace" not in {node.op_type for node in model.graph}

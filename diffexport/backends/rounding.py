@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     import onnx
 
 _MOVES = frozenset(
-    {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+    {
+        "Concat",
+        "DepthToSpace",
+        "Expand",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 """What cannot change a number, so that there is nothing to round."""
 

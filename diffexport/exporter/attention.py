@@ -6,12 +6,14 @@ them. Here each of the three is a product of its own, the scale is in the weight
 
     MatMul(Softmax(MatMul(q, k)), v)    q (N, H, T, d), k (N, H, d, T), v (N, H, T, d), each a transposed (N, T, H, d)
 
-which OpenVINO computes in one kernel. N batch, T tokens, H heads, d width of a head.
+which OpenVINO computes in one kernel. Keys are transposed twice, first as queries and values are and then on their own:
+OpenVINO takes both into its kernel so, but not a single one that does the same. N batch, T tokens, H heads, d width of a
+head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,10 +167,16 @@ def _rewrite(model: onnx_ir.Model, attention: _Attention) -> None:
         model.graph.initializers[name] = value
         return value
 
+    def transposed(value: onnx_ir.Value, order: Sequence[int]) -> onnx_ir.Value:
+        moved = add("Transpose", value, perm=order)
+        assert value.shape is not None
+        moved.shape = ir.Shape([value.shape[axis] for axis in order])
+        return moved
+
     source = p.bias.name.removesuffix("bias") if p.bias is not None and p.bias.name else f"{p.weight.name}."
     sides = constant(f"{source}sides", np.array([0, 0, *heads], np.int64))
     made = []
-    for index, (part, order) in enumerate(zip("qkv", ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)):
+    for index, part in enumerate("qkv"):
         scale = np.float32(attention.scale if part == "q" else 1.0)
         columns = slice(index * width, (index + 1) * width)
         y = add("MatMul", p.x, constant(f"{source}{part}.weight", np.ascontiguousarray(weight[:, columns] * scale)))
@@ -178,13 +186,13 @@ def _rewrite(model: onnx_ir.Model, attention: _Attention) -> None:
             y.shape = ir.Shape([*shape[:-1], width])
         split = add("Reshape", y, sides, allowzero=0)
         split.shape = ir.Shape([*shape[:-1], *heads])
-        moved = add("Transpose", split, perm=order)
-        moved.shape = ir.Shape([split.shape[axis] for axis in order])
-        made.append(moved)
+        made.append(transposed(split, [0, 2, 1, 3]))
+    q, k, v = made
+    k = transposed(k, [0, 1, 3, 2])
     model.graph.insert_before(attention.scores, before)
-    attention.scores.replace_input_with(0, made[0])
-    attention.scores.replace_input_with(1, made[1])
-    attention.mixed.replace_input_with(1, made[2])
+    attention.scores.replace_input_with(0, q)
+    attention.scores.replace_input_with(1, k)
+    attention.mixed.replace_input_with(1, v)
 
 
 def _heads(projection: _Projection) -> tuple[int, int]:

@@ -144,6 +144,7 @@ def _simplify(model: onnx_ir.Model) -> None:
     from onnxscript.optimizer import fold_constants
 
     from diffexport.exporter.attention import fuse_attention
+    from diffexport.exporter.upsample import fuse_upsampling
 
     everything = 1 << 40  # no limit of size: a weight that is left transposed would be transposed in every step
     with _quiet():
@@ -156,6 +157,7 @@ def _simplify(model: onnx_ir.Model) -> None:
             passes.RemoveUnusedNodesPass(),
         )(model)
         fuse_attention(model)
+        fuse_upsampling(model)
         passes.RemoveUnusedNodesPass()(model)
 
 
