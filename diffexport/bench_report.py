@@ -34,6 +34,7 @@ def markdown(report: Report) -> str:
         ]
         figures = [figure for figure in report.figures if figure.batch == batch]
         lines += [_row(figure) for figure in sorted(figures, key=lambda figure: figure.step_ms)]
+    lines += _by_batch(report)
     lines += [f"\n{note}" for note in report.notes]
     lines += [f"\nLeft out: {name}: {why}" for name, why in report.left_out.items()]
     return "\n".join(lines) + "\n"
@@ -45,6 +46,19 @@ def _work(report: Report) -> str:
     gflop, attention = report.work.gflop, report.work.attention
     part = f", of which {attention:.3g} attention" if attention else ""
     return f", {gflop:.3g} GFLOP a guided step of one image{part}"
+
+
+def _by_batch(report: Report) -> list[str]:
+    """What an image takes in each batch, where there are several."""
+    batches = list(dict.fromkeys(figure.batch for figure in report.figures))
+    if len(batches) < 2:
+        return []
+    took = {(figure.name, figure.batch): f"{figure.image_ms / 1e3:.3g}" for figure in report.figures}
+    lines = ["", f"| s an image, {STEPS} steps | {' | '.join(f'batch {batch}' for batch in batches)} |"]
+    lines.append("|---" * (1 + len(batches)) + "|")
+    for name in dict.fromkeys(figure.name for figure in report.figures):
+        lines.append(f"| {name} | {' | '.join(took.get((name, batch), '') for batch in batches)} |")
+    return lines
 
 
 def _row(f: Figure) -> str:

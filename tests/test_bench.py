@@ -1,5 +1,6 @@
 """The benchmark measures what it says: whole steps, of every contender, with their errors."""
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ from refusals import assert_refused
 
 import diffexport
 from diffexport.backends.torch import TorchSession
-from diffexport.bench import Contender, Work, bench, contenders_of
+from diffexport.bench import Contender, Figure, Report, Work, bench, contenders_of
 from diffexport.bench_peers import PeerSession, work_of
 from diffexport.bench_report import markdown, save_chart
 from diffexport.errors import BackendError
@@ -119,6 +120,20 @@ def test_names_say_what_is_not_fp32(toy_bundle, toy, tmp_path):
     assert named == {"ort fp16": "fp16", "openvino fp16": "fp16"}
     named = {c.name: c.precision for c in contenders_of(toy_bundle("plain")) if not c.name.startswith(("trt", "ort-"))}
     assert named == {"ort": "fp32", "openvino": "fp32", "openvino bf16": "bf16"}
+
+
+def test_images_of_several_batches_stand_side_by_side():
+    figure = Figure("ort", "fp32", 1, True, 1.0, 1.0, 1.0, 0.0, 3, 100.0, 90.0, 110.0, 2000.0)
+    larger = dataclasses.replace(figure, batch=16, image_ms=1900.0)
+    other = dataclasses.replace(figure, name="openvino", image_ms=1800.0)
+    report = Report("m", 1, "p", 2, None, figures=[figure, other, larger])
+    *_, head, rule, first, second = markdown(report).splitlines()
+    assert head == "| s an image, 20 steps | batch 1 | batch 16 |"
+    assert rule == "|---|---|---|"
+    assert first == "| ort | 2 | 1.9 |"
+    assert second == "| openvino | 1.8 |  |"
+    report.figures.pop()
+    assert "batch 16" not in markdown(report)
 
 
 def test_a_slow_contender_is_seen_to_be_slow_and_the_broken_are_left_out(toy_bundle):
