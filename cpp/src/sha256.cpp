@@ -3,6 +3,11 @@
 #include <algorithm>
 #include <bit>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 namespace diffx::core {
 namespace {
 
@@ -22,9 +27,7 @@ std::uint32_t word_at(const std::byte* bytes) {
     return word;
 }
 
-} // namespace
-
-void Sha256::compress(const std::byte* block) {
+void compress_block(Sha256::State& state, const std::byte* block) {
     std::array<std::uint32_t, 64> w{};
     for (std::size_t t = 0; t < 16; ++t) w[t] = word_at(block + 4 * t);
     for (std::size_t t = 16; t < 64; ++t) {
@@ -32,7 +35,7 @@ void Sha256::compress(const std::byte* block) {
         const std::uint32_t s1 = std::rotr(w[t - 2], 17) ^ std::rotr(w[t - 2], 19) ^ w[t - 2] >> 10;
         w[t] = w[t - 16] + s0 + w[t - 7] + s1;
     }
-    auto [a, b, c, d, e, f, g, h] = state_;
+    auto [a, b, c, d, e, f, g, h] = state;
     for (std::size_t t = 0; t < 64; ++t) {
         const std::uint32_t t1 =
             h + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) + ((e & f) ^ (~e & g)) + kConstants[t] + w[t];
@@ -41,7 +44,61 @@ void Sha256::compress(const std::byte* block) {
         h = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;
     }
     const std::array<std::uint32_t, 8> next = {a, b, c, d, e, f, g, h};
-    for (std::size_t k = 0; k < 8; ++k) state_[k] += next[k];
+    for (std::size_t k = 0; k < 8; ++k) state[k] += next[k];
+}
+
+void compress_portably(Sha256::State& state, const std::byte* data, std::size_t blocks) {
+    for (std::size_t k = 0; k < blocks; ++k) compress_block(state, data + 64 * k);
+}
+
+#ifdef __x86_64__
+
+bool has_instructions() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & bit_SSE4_1) == 0) return false;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (ebx & bit_SHA) != 0;
+}
+
+/// The state lies in two registers as the instructions want it, (a, b, e, f) and (c, d, g, h) from the top down; four
+/// words of the schedule in each of four others.
+__attribute__((target("sha,sse4.1"))) void compress_by_instructions(Sha256::State& state, const std::byte* data,
+                                                                    std::size_t blocks) {
+    const auto load = [](const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); };
+    const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+    const __m128i cdab = _mm_shuffle_epi32(load(state.data()), 0xb1);
+    const __m128i efgh = _mm_shuffle_epi32(load(state.data() + 4), 0x1b);
+    __m128i abef = _mm_alignr_epi8(cdab, efgh, 8), cdgh = _mm_blend_epi16(efgh, cdab, 0xf0);
+    for (; blocks > 0; --blocks, data += 64) {
+        const __m128i abef_before = abef, cdgh_before = cdgh;
+        __m128i w[4];
+        for (int k = 0; k < 4; ++k) w[k] = _mm_shuffle_epi8(load(data + 16 * k), big_endian);
+        for (int t = 0; t < 16; ++t) { // four rounds each
+            const __m128i sum = _mm_add_epi32(w[t % 4], load(kConstants.data() + 4 * t));
+            cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
+            abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0e));
+            const __m128i late = w[(t + 3) % 4], middle = _mm_alignr_epi8(late, w[(t + 2) % 4], 4);
+            w[t % 4] =
+                _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(w[t % 4], w[(t + 1) % 4]), middle), late);
+        }
+        abef = _mm_add_epi32(abef, abef_before);
+        cdgh = _mm_add_epi32(cdgh, cdgh_before);
+    }
+    const __m128i feba = _mm_shuffle_epi32(abef, 0x1b), dchg = _mm_shuffle_epi32(cdgh, 0xb1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(state.data()), _mm_blend_epi16(feba, dchg, 0xf0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(state.data() + 4), _mm_alignr_epi8(dchg, feba, 8));
+}
+
+#endif
+
+} // namespace
+
+Sha256::Sha256(bool portable) : compress_(compress_portably) {
+#ifdef __x86_64__
+    static const bool found = has_instructions();
+    if (found && !portable) compress_ = compress_by_instructions;
+#else
+    static_cast<void>(portable);
+#endif
 }
 
 void Sha256::update(std::span<const std::byte> data) {
@@ -52,10 +109,10 @@ void Sha256::update(std::span<const std::byte> data) {
         std::copy_n(data.begin(), taken, pending_.begin() + static_cast<std::ptrdiff_t>(filled));
         data = data.subspan(taken);
         if (filled + taken < 64) return;
-        compress(pending_.data());
+        compress_(state_, pending_.data(), 1);
     }
-    for (; data.size() >= 64; data = data.subspan(64)) compress(data.data());
-    std::ranges::copy(data, pending_.begin());
+    compress_(state_, data.data(), data.size() / 64);
+    std::ranges::copy(data.last(data.size() % 64), pending_.begin());
 }
 
 std::string Sha256::digest() {

@@ -11,15 +11,19 @@ namespace diffx::core {
 
 class Sha256 {
 public:
+    /// portable: without the processor's own instructions for it, which are several times as fast.
+    explicit Sha256(bool portable = false);
     void update(std::span<const std::byte> data);
     /// The digest in hexadecimal; nothing may be added afterwards.
     std::string digest();
 
-private:
-    void compress(const std::byte* block);
+    using State = std::array<std::uint32_t, 8>;
 
-    std::array<std::uint32_t, 8> state_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+private:
+    /// Take in blocks of 64 bytes.
+    void (*compress_)(State& state, const std::byte* data, std::size_t blocks);
+
+    State state_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
     std::array<std::byte, 64> pending_{};
     std::uint64_t length_ = 0;
 };
