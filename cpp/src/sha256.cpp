@@ -71,9 +71,9 @@ __attribute__((target("sha,sse4.1"))) void compress_by_instructions(Sha256::Stat
     for (; blocks > 0; --blocks, data += 64) {
         const __m128i abef_before = abef, cdgh_before = cdgh;
         __m128i w[4];
-        for (int k = 0; k < 4; ++k) w[k] = _mm_shuffle_epi8(load(data + 16 * k), big_endian);
+        for (int k = 0; k < 4; ++k) w[k] = _mm_shuffle_epi8(load(data + std::ptrdiff_t{16} * k), big_endian);
         for (int t = 0; t < 16; ++t) { // four rounds each
-            const __m128i sum = _mm_add_epi32(w[t % 4], load(kConstants.data() + 4 * t));
+            const __m128i sum = _mm_add_epi32(w[t % 4], load(kConstants.data() + std::ptrdiff_t{4} * t));
             cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
             abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0e));
             const __m128i late = w[(t + 3) % 4], middle = _mm_alignr_epi8(late, w[(t + 2) % 4], 4);
