@@ -39,6 +39,13 @@ private:
     std::string last_;
 };
 
+/// The major version of TensorRT whose interface a version has. RTX counts apart, from 1: its runtime objects have the
+/// interface of TensorRT 10 up to 1.4, and that of 11 from 1.5 on.
+constexpr int interface_of(int major, int minor) {
+    if (major != 1) return major;
+    return minor < 5 ? 10 : 11;
+}
+
 /// A TensorRT: its library and its runtime object.
 class Product {
 public:
@@ -46,15 +53,14 @@ public:
         : library_(backend, variable, names, install), name_(module) {
         for (const char* part : {"Major", "Minor", "Patch", "Build"})
             version_.append(version_.empty() ? "" : ".").append(std::to_string(number(part)));
-        // TensorRT changes its interface with each major version. RTX counts its versions apart; its runtime objects
-        // have the interface of TensorRT 10 up to 1.4, and that of 11 from 1.5 on.
-        const bool rtx = std::string_view(backend) == "trt-rtx";
-        const int interface = !rtx ? number("Major") : number("Major") == 1 && number("Minor") < 5 ? 10 : 11;
-        if (interface != NV_TENSORRT_MAJOR)
+        const int interface = interface_of(number("Major"), number("Minor"));
+        constexpr int headers = interface_of(NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR);
+        if (interface != headers)
             throw error(DIFFX_BACKEND_ERROR, "backend '", backend, "': ", library_.name(), " is version ", version_,
                         ", which has the interface of TensorRT ", interface,
-                        "; this library was built with the headers of ", NV_TENSORRT_MAJOR,
-                        ", build it again with those of ", interface);
+                        "; this library was built with the headers of ", headers, ", build it again with those of ",
+                        interface);
+        const bool rtx = std::string_view(backend) == "trt-rtx";
         const std::int32_t asked = rtx ? library_.symbol<std::int32_t()>("getInferLibVersion")() : NV_TENSORRT_VERSION;
         runtime_.reset(static_cast<nvinfer1::IRuntime*>(
             library_.symbol<void*(void*, std::int32_t)>("createInferRuntime_INTERNAL")(&complaints_, asked)));

@@ -9,6 +9,7 @@
 #include "cuda_runtime_api.h"
 
 #define NV_TENSORRT_MAJOR 11
+#define NV_TENSORRT_MINOR 0
 #define NV_TENSORRT_VERSION 110000
 
 namespace nvinfer1 {
