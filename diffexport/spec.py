@@ -142,7 +142,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def _label_hint(self, name: str) -> str:
         if not self.label_names:
-            return f"use 0..{self.num_classes - 1}"
+            return f"this model's labels have none; use 0..{self.num_classes - 1}"
         known = [part for names in self.label_names for part in synonyms(names)]
         close = difflib.get_close_matches(name, known, n=3)
         if close:

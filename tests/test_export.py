@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 import diffexport
 from diffexport import comparison
 from diffexport.backends import onnxruntime as onnxruntime_backend
+from diffexport.errors import ExportError
 from diffexport.exporter.forecast import forecast
 from diffexport.schedules import DEFAULT_SCHEDULES
 from diffexport.spec import ModelSpec
 from diffexport.verification import verify
+from diffexport_reference.official_dit import OfficialDiT
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "models" / "digits.pt"
@@ -140,6 +142,35 @@ def test_what_an_export_takes_is_said_before_it_begins(toy, toy_decoder, tmp_pat
     assert 2.2e9 < large.disk < 2.3e9
     assert 4.9e9 < large.memory < 5.1e9
     assert str(large) == "about 5.0 GB of memory and 2.2 GB of disk"
+
+
+def test_int8_of_more_than_the_quantizer_holds_is_refused_beforehand(tmp_path):
+    spec = ModelSpec(family="large", shape=(8,), prediction="x0", schedule=DEFAULT_SCHEDULES["ddpm"])
+    with torch.device("meta"):
+        large = Large()
+    with pytest.raises(ExportError, match=r"int8: 2\.2 GB of fp32 weights.*at most 2\.1 GB; export in fp16"):
+        diffexport.export(large, spec, tmp_path / "a.diffx", precision="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "precision", "measured"), [
+    ((8, 8, 1), "fp32", (0.56, 5.4)),  # models/digits.pt, 1.3 M
+    ((8, 8, 1), "int8", (0.78, 1.9)),
+    ((32, 32, 4), "fp32", (1.29, 133.3)),  # DiT-S/2
+])  # fmt: skip
+def test_the_forecast_is_near_what_was_measured(size, precision, measured):
+    """Peak memory in GB and size of the bundle in MB."""
+    digits = size[2] == 1
+    with torch.device("meta"):
+        module = OfficialDiT(
+            input_size=size[0], in_channels=size[2], hidden_size=128 if digits else 384, depth=4 if digits else 12,
+            num_heads=4 if digits else 6, num_classes=10 if digits else 1000,
+        )  # fmt: skip
+    spec = ModelSpec(family="dit", shape=(size[2], *size[:2]), prediction="eps", schedule=DEFAULT_SCHEDULES["ddpm"])
+    needed = forecast(module, spec, None, precision)
+    memory, disk = measured
+    assert 0.85 * memory < needed.memory / 1e9 < 1.25 * memory
+    assert disk < needed.disk / 1e6 < disk + 6
 
 
 def test_the_data_itself_is_a_model_whose_answer_is_known(diffx, tmp_path):

@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 from diffexport_cli.bench_models import MODELS
+from diffexport_cli.options import BundlePath
 from diffexport_cli.progress import progress_bar
 
 
 def bench(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
-    ] = None,
+    bundle: BundlePath = None,
     model: Annotated[
         str | None, typer.Option(help=f"Random weights in place of a bundle: {', '.join(MODELS)}.", metavar="NAME")
     ] = None,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from diffexport_cli.options import AsJson, BundlePath
 from diffexport_cli.progress import activity
 
 
 def build(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
-    ] = None,
+    bundle: BundlePath = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -45,7 +43,7 @@ def build(
         int | None, typer.Option(help="Optimization level, 0 to 5.", show_default="the builder's own")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build engines that are there already, too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Build a bundle's engines, each with a record of what it is; engines that fit are not built again.
 

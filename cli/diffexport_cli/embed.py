@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from diffexport_cli.options import BundlePath
+
 
 def embed(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
-    ] = None,
+    bundle: BundlePath = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder to write.", show_default="the bundle's name with -cpp")
     ] = None,

@@ -11,6 +11,7 @@ import typer
 
 from diffexport.errors import ExportError
 from diffexport.precision import Precision
+from diffexport_cli.options import AsJson
 from diffexport_cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def export(
     weights: Annotated[str | None, typer.Option(help="ema or model, of a snapshot that holds both.")] = None,
     thorough: Annotated[bool, typer.Option(help="Compare whole runs at every batch, for large models too.")] = False,
     allow_mismatch: Annotated[bool, typer.Option(help="Write the bundle, marked, even if parity fails.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Trace a checkpoint into a bundle and check it against PyTorch before it is written.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffexport_cli.plan_options import (
+from diffexport_cli.options import (
+    BundlePath,
     Eta,
     Gam,
     Grid,
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
-    ] = None,
+    bundle: BundlePath = None,
     sampler: SamplerName = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,

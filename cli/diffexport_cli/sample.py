@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffexport_cli.plan_options import (
+from diffexport_cli.options import (
+    AsJson,
+    BundlePath,
     Eta,
     Gam,
     Grid,
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
 
 
 def sample(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
-    ] = None,
+    bundle: BundlePath = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -123,7 +123,7 @@ def sample(
     npz: Annotated[
         Path | None, typer.Option(help="Write arrays: x (B, C, H, W) float32, labels, and images where decoded.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Draw samples and write them as a PNG, as arrays, or, however many, as a folder of pictures.
 

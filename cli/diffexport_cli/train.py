@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffexport.errors import BackendError, DiffexportError
+from diffexport_cli.options import AsJson
 
 if TYPE_CHECKING:
     from diffexport.schedules import Schedule
@@ -73,7 +74,7 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart/--resume", help="Begin again, or continue where a killed run was saved.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Train a model on a data set, and write a checkpoint with averaged weights and its whole configuration.
 

@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
+from diffexport_cli.options import BundlePath
 from diffexport_cli.progress import progress_bar
 
 
 def verify(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")
-    ] = None,
+    bundle: BundlePath = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="Backend to run the golden cases on, or all. Repeatable.", show_default="ort"),

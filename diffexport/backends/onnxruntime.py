@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 PROVIDER = "CPUExecutionProvider"
 LARGE = 1 << 29
+SMALL = 1 << 26
+"""Bytes of weights below which graphs are open side by side whatever their number."""
+
 _OPTIMIZED = "optimized.onnx"
 _DECODING = ("decoder", "sampler_decoded")
 _ALIGN = 64
@@ -78,10 +81,10 @@ def _options(path: Path, threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def _is_large(folder: Path) -> bool:
-    """Whether the weights that lie beside a graph are large."""
+def _is_large(folder: Path, size: int = LARGE) -> bool:
+    """Whether the weights that lie beside a graph have so many bytes."""
     weights = folder / WEIGHTS
-    return weights.is_file() and weights.stat().st_size >= LARGE
+    return weights.is_file() and weights.stat().st_size >= size
 
 
 def _create(source: str | bytes, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -171,7 +174,7 @@ class OnnxRuntimeSession(HostSession):
 
     Args:
         digest: of the bundle, under which optimized graphs are cached; None for no cache.
-        takes_turns: compute conditions ahead of large weights too, whose graphs then take turns.
+        takes_turns: open one graph at a time of smaller weights too, and compute conditions ahead of any: slow in a loop.
     """
 
     backend = "ort"
@@ -188,6 +191,7 @@ class OnnxRuntimeSession(HostSession):
     ) -> None:
         super().__init__(spec, folder)
         self._computes_ahead &= takes_turns or not _is_large(folder)
+        self._one_at_a_time = _is_large(folder, SMALL if takes_turns else LARGE)
         self._threads = threads
         self._digest = digest
         self._rounded = rounded
@@ -213,11 +217,10 @@ class OnnxRuntimeSession(HostSession):
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         if name not in self._sessions:
             path = self._folder / f"{name}.onnx"
-            large = _is_large(self._folder)
-            if large:
+            if self._one_at_a_time:
                 self._forget_calls()
                 self._sessions.clear()
-            if self._digest is None or large:
+            if self._digest is None or _is_large(self._folder):
                 self._sessions[name] = load_graph(path, self._threads, rounded=self._rounded)
             else:
                 key = key_of(self._digest, name, onnxruntime.__version__, processor(), f"align {_ALIGN}")

@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
-_MOVES = frozenset(
+MOVES = frozenset(
     {
-        "Concat",
         "DepthToSpace",
         "Expand",
+        "Flatten",
         "Gather",
         "Identity",
         "Reshape",
         "Slice",
+        "SpaceToDepth",
         "Split",
         "Squeeze",
+        "Tile",
         "Transpose",
         "Unsqueeze",
     }
 )
-"""What cannot change a number, so that there is nothing to round."""
+"""Operators that move numbers without computing: they keep the type of what they move, and there is nothing to round."""
 
 _OTHER_TYPES = frozenset(
     {"Shape", "Size", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "ArgMax", "IsNaN"}
@@ -76,7 +78,7 @@ def _round_graph(graph: onnx.GraphProto, half: dict[str, int]) -> None:
             if to in kinds:
                 round_to(to, node.input[0], node.output[0])
                 continue
-        elif read and node.op_type in _MOVES:
+        elif read and node.op_type in MOVES | {"Concat"}:
             half.update(dict.fromkeys(node.output, read[0]))
         elif read and node.op_type not in _OTHER_TYPES:
             targets = list(node.output)

@@ -18,7 +18,6 @@ from diffexport.exporter.weights import write_weights
 from diffexport.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir
 
 
@@ -42,33 +41,38 @@ class Traced:
             write_weights(self.decoder[0], folder / WEIGHTS)
         return self
 
+    def lowered(self, precision: Precision, keep: Sequence[str] = ()) -> Traced:
+        """The same in a precision, where that is a half one; this one is used up.
+
+        Args:
+            keep: patterns of layers that stay fp32; see ``diffexport.exporter.precision.lower``.
+
+        Raises:
+            ExportError: a pattern names no layer, or the network cannot be half.
+        """
+        check_patterns(keep, self.layers)
+        if precision in HALF:
+            for model in (self.network, *([self.decoder[0]] if self.decoder is not None else [])):
+                lower(model, precision, keep)
+        return self
+
     @property
     def layers(self) -> list[str]:
         """Every layer, in the order they run."""
         return layers_of(self.network) + (layers_of(self.decoder[0]) if self.decoder is not None else [])
 
 
-def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Sequence[str] = ()) -> list[str]:
+def write_graphs(traced: Traced, folder: Path, precision: Precision) -> list[str]:
     """Write the weights and graphs into a folder. What was traced is used up, so that its weights are never held twice.
 
     Args:
-        keep: patterns of layers that stay fp32; see ``diffexport.exporter.precision.lower``.
+        traced: in that precision already; see ``Traced.lowered`` and ``diffexport.exporter.quantize``.
 
     Returns:
         The names of the graphs.
-
-    Raises:
-        ExportError: a pattern names no layer, or the network cannot be half.
     """
-    check_patterns(keep, traced.layers)
     folder.joinpath(WEIGHTS).unlink(missing_ok=True)
-
-    def written(model: onnx_ir.Model) -> onnx.GraphProto:
-        if precision in HALF:
-            lower(model, precision, keep)
-        return write_weights(model, folder / WEIGHTS)
-
-    spec, network = traced.spec, written(traced.network)
+    spec, network = traced.spec, write_weights(traced.network, folder / WEIGHTS)
     take_batch_from_noise(network)
     large = (folder / WEIGHTS).stat().st_size >= LARGE
     graphs = {
@@ -84,7 +88,7 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision, keep: Seque
         graphs["step_plain_conditioned"] = step_graph(network, spec, guided=False, condition=condition)
     if traced.decoder is not None:
         model, decoder_spec = traced.decoder
-        decoder = written(model)
+        decoder = write_weights(model, folder / WEIGHTS)
         graphs["decoder"] = decoder_graph(decoder, decoder_spec, spec.shape[0])
         graphs["sampler_decoded"] = decoded_sampler_graph(network, spec, decoder, decoder_spec, shared=large)
     for name, graph in graphs.items():

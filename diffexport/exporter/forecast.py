@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffexport.backends.onnxruntime import LARGE
+from diffexport.backends.onnxruntime import LARGE, SMALL
 from diffexport.bundle import HALF, Precision
 from diffexport.errors import ExportError
 from diffexport.spec import DecoderSpec, ModelSpec
@@ -16,11 +16,15 @@ from diffexport.spec import DecoderSpec, ModelSpec
 if TYPE_CHECKING:
     import torch
 
-_PROCESS = 600e6
-"""Bytes of PyTorch, the exporter and ONNX Runtime with a small model."""
+_PROCESS, _BYTES_A_NUMBER = 530e6, 40_000
+"""Bytes of PyTorch, the exporter and ONNX Runtime with a small model; of what is computed for each number of a sample."""
 
-_SESSIONS = 4
-"""Graphs with weights of their own that are open at once where these are not large."""
+_MAPPED, _PACKED, _BESIDE = 1, 3, 7
+"""Weights that are held beside the module's, in units of their size: mapped where they are large; with those that ONNX
+Runtime packs, of one graph at a time, and of all graphs where they are small."""
+
+_INT8, _QUANTIZER = 0.3, 200e6
+"""Of int8 weights: their part of the room of fp32 ones, and bytes of the quantizer, by measurement of models/digits.pt."""
 
 _BYTES_A_PIXEL = 6_000
 """Of a decoder's feature maps, by measurement of Stable Diffusion's."""
@@ -31,13 +35,15 @@ _GRAPHS, _RECORDED = 4e6, 40
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of memory and of disk, about."""
+    """Bytes of memory, of the bundle on disk, and of what lies on disk beside it until it is done; about."""
 
     memory: float
     disk: float
+    passing: float = 0.0
 
     def __str__(self) -> str:
-        return f"about {_size(self.memory)} of memory and {_size(self.disk)} of disk"
+        more = f", and {_size(self.passing)} more of it until it is done" if self.passing else ""
+        return f"about {_size(self.memory)} of memory and {_size(self.disk)} of disk{more}"
 
 
 def forecast(
@@ -45,14 +51,19 @@ def forecast(
 ) -> Forecast:
     """What exporting a module takes: it stays in memory beside the graphs that it is compared with."""
     weights = _bytes_of(module) + (_bytes_of(decoder[0]) if decoder is not None else 0)
-    written = weights * (0.5 if precision in HALF else 1.0)
+    written = weights * (0.5 if precision in HALF else _INT8 if precision == "int8" else 1.0)
     sample = math.prod(spec.shape)
     pixels = math.prod(decoder[1].upscale * side for side in spec.shape[1:]) if decoder is not None else 0
     images = 2 * pixels * decoder[1].channels if decoder is not None else 0
-    graphs = 1 if written >= LARGE else _SESSIONS
+    beside = _MAPPED if written >= LARGE else _PACKED if written >= SMALL else _BESIDE
+    quantizer = 0.0
+    if precision == "int8":
+        beside, quantizer = _BESIDE, _QUANTIZER
+    computed = _BYTES_A_NUMBER * sample + _BYTES_A_PIXEL * pixels
     return Forecast(
-        memory=_PROCESS + weights + graphs * weights + pixels * _BYTES_A_PIXEL,
+        memory=_PROCESS + quantizer + weights + beside * weights + computed,
         disk=written + _GRAPHS + 4 * (_RECORDED * sample + images),
+        passing=3 * weights if precision == "int8" else 0.0,
     )
 
 
@@ -62,9 +73,9 @@ def check_disk(out: Path, needed: Forecast) -> None:
     if not folder.is_dir():
         raise ExportError(f"{out}: cannot be written, {folder} is not a folder; choose another --out")
     free = shutil.disk_usage(folder).free
-    if free < needed.disk:
+    if free < needed.disk + needed.passing:
         raise ExportError(
-            f"{out}: needs about {_size(needed.disk)} of disk, {folder} has {_size(free)} free; "
+            f"{out}: needs about {_size(needed.disk + needed.passing)} of disk, {folder} has {_size(free)} free; "
             "free some, or choose another --out"
         )
 

@@ -1,21 +1,22 @@
-"""Islands: the layers of a half network that have to stay fp32, found by measuring.
+"""Islands: the layers of a half or int8 network that have to stay fp32, found by measuring.
 
-Two things go wrong in half precision. A value lies beyond its range: float16 ends at 65504. Or rounding in some layer costs
-more than its share of the limit. The first is read off the values of the fp32 network; the second off the network with only
-that layer half.
+``fewest_kept`` searches them for anything that makes a network coarser. ``Halving`` makes it half, where two things go
+wrong. A value lies beyond its range: float16 ends at 65504. Or rounding in some layer costs more than its share of the
+limit. The first is read off the values of the fp32 network; the second off the network with only that layer half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from diffexport.backends.rounding import MOVES
 from diffexport.bundle import Precision, Tensors
-from diffexport.exporter.precision import FP16_MAX, MOVES, layer_of, layers_of, lower
+from diffexport.exporter.precision import FP16_MAX, layer_of, layers_of, lower
 from diffexport.exporter.trace import ROOTS
 from diffexport.parity import relative_l2
 from diffexport.plan import COLUMNS, denoise_rows
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
     from diffexport.exporter.compose import Traced
+
+DECODER = ROOTS["dec"]
 
 SAMPLES = 2
 """Of each probe; a conditional network also sees them without their labels."""
@@ -45,13 +48,71 @@ class Overflow:
         return f"{self.layer} reaches {self.largest:.3g} at sigma {self.sigma:.4g}, beyond float16's {FP16_MAX:g}"
 
 
-class Investigation:
-    """A traced fp32 network, its weights in a file, to be looked at from inside."""
+class Coarsening(Protocol):
+    """A way to make a traced network coarser, with more layers kept in fp32 where that costs too much."""
 
-    def __init__(self, spilled: Traced) -> None:
+    def traced(self, kept: Sequence[str]) -> Traced:
+        """The network, coarser but for these layers."""
+        ...
+
+    def guesses(self) -> Iterator[tuple[str, ...]]:
+        """Layers to keep that may be enough, in the order to be tried; each begins with those before it."""
+        ...
+
+    def ranked(self, progress: Progress) -> Sequence[str]:
+        """The layers by what each costs when it alone is coarser, the costliest first."""
+        ...
+
+
+def fewest_kept(coarsening: Coarsening, holds: Callable[[Sequence[str]], bool], progress: Progress) -> tuple[str, ...]:
+    """The layers to keep in fp32 so that a bundle holds; where nothing holds, the ones tried last.
+
+    Where no guess is enough, the costliest layers are kept beside the last one, as many as are needed, found by bisection.
+    A decoder, which is kept whole or not at all, is made coarser again where the bundle holds all the same.
+
+    Args:
+        holds: whether a bundle with these layers kept passes its checks; the last call is made with what is returned.
+    """
+    guess: tuple[str, ...] = ()
+    enough = any(holds(guess := each) for each in coarsening.guesses())
+    kept = guess
+    if not enough:
+        ranked = [layer for layer in coarsening.ranked(progress) if layer not in guess]
+        kept += fewest(ranked, lambda more: holds((*guess, *more)), progress)
+    without = tuple(layer for layer in kept if layer != DECODER)
+    if not without or without == kept or holds(without):
+        return without or kept
+    holds(kept)
+    return kept
+
+
+class Halving:
+    """A traced fp32 network, its weights in a file, that becomes half; see ``Coarsening``.
+
+    Args:
+        keep: patterns of layers that stay fp32 in any case.
+    """
+
+    def __init__(self, spilled: Traced, precision: Precision, keep: Sequence[str] = ()) -> None:
+        self.spilled, self.keep = spilled, keep
+        self.precision: Precision = precision
         self.model = spilled.network
         self.levels = [float(sigma) for sigma in probe_levels(spilled.spec)]
         self.feeds = [_feeds(spilled.spec, sigma, draw) for draw, sigma in enumerate(self.levels)]
+
+    def traced(self, kept: Sequence[str]) -> Traced:
+        return self.spilled.clone().lowered(self.precision, (*self.keep, *kept))
+
+    def guesses(self) -> Iterator[tuple[str, ...]]:
+        decoder = (DECODER,) if self.spilled.decoder is not None else ()
+        if decoder:
+            yield decoder
+        overflowing = tuple(found.layer for found in self.overflows()) if self.precision == "fp16" else ()
+        if overflowing:
+            yield (*decoder, *overflowing)
+
+    def ranked(self, progress: Progress) -> list[str]:
+        return [layer for layer, _ in self.sensitivities(progress)]
 
     def overflows(self) -> list[Overflow]:
         """What lies beyond float16, one entry a layer that gives or reads such a value, in the order that they run."""
@@ -68,7 +129,7 @@ class Investigation:
                     largest[layer] = Overflow(layer, peak, sigma)
         return list(largest.values())
 
-    def sensitivities(self, precision: Precision, progress: Progress) -> list[tuple[str, float]]:
+    def sensitivities(self, progress: Progress) -> list[tuple[str, float]]:
         """Relative L2 of the network's output with one layer half, the worst of the levels; the largest first."""
         layers = layers_of(self.model)
         expected = [_run(self.model.clone(), feeds)[0] for feeds in self.feeds]
@@ -76,7 +137,7 @@ class Investigation:
         for index, layer in enumerate(layers):
             progress(f"half precision of {layer} alone", index / len(layers))
             alone = self.model.clone()
-            lower(alone, precision, only=layer)
+            lower(alone, self.precision, only=layer)
             run = network_session(alone)
             errors = [relative_l2(run(feeds)[0], right) for feeds, right in zip(self.feeds, expected, strict=True)]
             found.append((layer, float(np.max(errors)) if np.isfinite(errors).all() else np.inf))
@@ -103,39 +164,6 @@ class Investigation:
         model.graph.outputs.clear()
         model.graph.outputs.extend(peaks)
         return names, model
-
-
-def fewest_islands(
-    spilled: Traced, precision: Precision, holds: Callable[[Sequence[str]], bool], progress: Progress
-) -> tuple[str, ...]:
-    """The layers to keep fp32 so that the limits hold; where they hold with none of these, the ones tried last.
-
-    A decoder is kept whole or not at all. Layers that overflow come next; then those whose rounding alone costs most, as
-    many as are needed, found by bisection.
-
-    Args:
-        holds: whether a bundle with these layers kept passes its checks; the last call is made with what is returned.
-    """
-    decoder = (ROOTS["dec"],) if spilled.decoder is not None else ()
-    if decoder and holds(decoder):
-        return decoder
-    chosen = _islands_of_network(Investigation(spilled), precision, lambda more: holds((*decoder, *more)), progress)
-    if not decoder or holds(chosen):
-        return chosen
-    holds((*decoder, *chosen))
-    return (*decoder, *chosen)
-
-
-def _islands_of_network(
-    investigation: Investigation, precision: Precision, holds: Callable[[Sequence[str]], bool], progress: Progress
-) -> tuple[str, ...]:
-    needed: tuple[str, ...] = ()
-    if precision == "fp16":
-        needed = tuple(found.layer for found in investigation.overflows())
-        if needed and holds(needed):
-            return needed
-    ranked = [layer for layer, _ in investigation.sensitivities(precision, progress) if layer not in needed]
-    return (*needed, *fewest(ranked, lambda more: holds((*needed, *more)), progress))
 
 
 def fewest(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool], progress: Progress) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ CONDITION = frozenset({C_NOISE, LABEL})
 _SHAPES = frozenset({"Shape", "Size"})
 """Operators whose result depends on the shape of their input, not on its values."""
 
-_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+"""Operators with a weight."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def cut_at(network: onnx.GraphProto, inputs: frozenset[str]) -> tuple[Part, ...]
         for name in node.output
         if depends[name] and depends[name] <= inputs and (name in beyond or name in outputs)
     ]
-    if not any(node.op_type in _PRODUCTS for node in needed(network, names)):
+    if not any(node.op_type in PRODUCTS for node in needed(network, names)):
         return ()
     known = {value.name: value.type.tensor_type for value in network.value_info}
     parts = [_part(name, known.get(name)) for name in names]

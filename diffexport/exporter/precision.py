@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffexport.backends.rounding import MOVES
 from diffexport.bundle import Precision
 from diffexport.errors import ExportError
+from diffexport.exporter.parts import PRODUCTS
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -53,28 +55,6 @@ KEPT_OPERATORS = frozenset(
     }
 )
 """Operators that are computed in fp32 whatever the layer."""
-
-MOVES = frozenset(
-    {
-        "DepthToSpace",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Reshape",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
-"""Operators that move numbers without computing: they keep the type of what they move."""
-
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
-"""Operators with a weight, where rule 2 ends."""
 
 FP16_MAX = 65504.0
 

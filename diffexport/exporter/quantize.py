@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from diffexport.backends.session import Session
@@ -80,7 +81,7 @@ def visited_states(reference: Session, spec: ModelSpec, plan: Plan, progress: Pr
 
 
 class Quantizer:
-    """A traced fp32 network, calibrated, of which any layers can be made int8.
+    """A traced fp32 network, calibrated, of which any layers can be made int8; see ``islands.Coarsening``.
 
     Args:
         spilled: what was traced, its weights in the file of a folder.
@@ -96,6 +97,7 @@ class Quantizer:
         import onnx_ir as ir
 
         self.spilled, self.feeds = spilled, feeds
+        self.errors: list[LayerError] = []
         network = spilled.network.clone()
         _separate_biases(network)
         self.nodes = _candidates(network, keep)
@@ -114,10 +116,16 @@ class Quantizer:
         """The layers that can be int8, in the order they run."""
         return list(self.nodes)
 
-    def traced(self, kept: Sequence[str] = ()) -> Traced:
+    def traced(self, kept: Sequence[str]) -> Traced:
         """What was traced with its network quantized; a decoder stays as it is."""
         original = self.spilled.clone()
         return dataclasses.replace(original, network=self.quantized(kept))
+
+    def guesses(self) -> Iterator[tuple[str, ...]]:
+        yield ()
+
+    def ranked(self, progress: Progress) -> list[str]:
+        return [error.layer for error in self.errors]
 
     def quantized(self, kept: Sequence[str] = ()) -> onnx_ir.Model:
         """The network with its layers int8, but for those named."""
@@ -145,8 +153,12 @@ class Quantizer:
         result.graph.opset_imports[""] = TRACED_OPSET
         return result
 
-    def sensitivities(self, progress: Progress) -> list[LayerError]:
-        """Relative L2 of the network's output over the states with one layer int8; the largest first."""
+    def layers_beside(self, kept: Sequence[str]) -> list[LayerError]:
+        """What each layer costs alone, and which of them stay fp32."""
+        return [msgspec.structs.replace(error, kept=error.layer in kept) for error in self.errors]
+
+    def measure(self, progress: Progress) -> None:
+        """Find ``errors``: relative L2 of the network's output over the states with one layer int8; the largest first."""
         from diffexport.exporter.islands import network_session
 
         picked = [self.feeds[round(k)] for k in np.linspace(0, len(self.feeds) - 1, JUDGED_ROWS)]
@@ -161,7 +173,7 @@ class Quantizer:
             progress(f"int8 of {layer} alone", index / len(self.layers))
             found = outputs([other for other in self.layers if other != layer])
             errors.append(LayerError(layer=layer, relative_l2=relative_l2(found, expected), kept=False))
-        return sorted(errors, key=lambda entry: -entry.relative_l2)
+        self.errors = sorted(errors, key=lambda entry: -entry.relative_l2)
 
 
 def _some(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

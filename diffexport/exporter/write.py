@@ -42,8 +42,10 @@ from diffexport.spec import DecoderSpec, ModelSpec
 if TYPE_CHECKING:
     import torch
 
+    from diffexport.exporter.certify import Certifier
     from diffexport.exporter.compose import Traced
     from diffexport.exporter.forecast import Forecast
+    from diffexport.exporter.islands import Coarsening, Halving
     from diffexport.exporter.quantize import Quantizer
     from diffexport.plan import Plan
 
@@ -52,6 +54,9 @@ AUTO = "auto"
 
 INT8_PSNR = 30.0
 """PSNR in dB that the runs of an int8 bundle have to reach: the limit and 5 dB for what other runtimes add to it."""
+
+MOST_INT8 = 1 << 31
+"""Bytes of fp32 weights that cannot become int8: ONNX Runtime's quantizer keeps them inside one message of protobuf."""
 
 
 def export(
@@ -101,8 +106,8 @@ def export(
     """
     from diffexport.backends.torch import TorchSession
     from diffexport.exporter.certify import Certifier
-    from diffexport.exporter.compose import write_graphs
     from diffexport.exporter.forecast import check_disk, forecast
+    from diffexport.exporter.islands import Halving
     from diffexport.probes import default_plan
 
     if not math.isfinite(int8_psnr):
@@ -120,6 +125,11 @@ def export(
     if decoder is not None and len(spec.shape) != 3:
         raise ExportError(f"decoder: the samples have shape {spec.shape}, expected latents (C, h, w)")
 
+    if precision == "int8" and 4 * parameters_of(module) >= MOST_INT8:
+        raise ExportError(
+            f"int8: {4 * parameters_of(module) / 1e9:.1f} GB of fp32 weights, which the quantizer holds in one message of at"
+            " most 2.1 GB; export in fp16, bf16 or fp32"
+        )
     needed = forecast(module, spec, decoder, precision)
     check_disk(out, needed)
     if on_forecast is not None:
@@ -132,33 +142,34 @@ def export(
     scope = scope_of(parameters_of(module), defaults.batch, max_batch, thorough)
     reference = TorchSession(module, spec, decoder, remembers=True)
     certifier = Certifier(reference, spec, decoder is not None, precision, scope, defaults, report)
-    graphs: list[str] = []
     keep, auto = tuple(pattern for pattern in keep_fp32 if pattern != AUTO), AUTO in keep_fp32
     with writing(out, ExportError, "; nothing was left behind"), replacing_folder(out) as work:
-
-        def attempt(trace: Callable[[], Traced], layers: Sequence[str]) -> Certificate:
-            graphs[:] = write_graphs(trace(), work, precision, layers)
-            return certifier.certify(work)
+        attempts, advice = _Attempts(work, certifier), ""
 
         if precision == "int8":
             plan = default_plan(spec, defaults, guided=True)
             with scratch_folder(out) as folder:
-                quantizer = _quantizer(module, traced(), plan, folder, keep, report)
-                keep, certificate = _with_int8(quantizer, keep, int8_psnr, attempt, report)
-        else:
-            certificate = attempt(traced, keep)
-        advice = ""
-        if not certificate.passed and precision in HALF and (auto or not allow_mismatch):
-            with scratch_folder(out) as folder:
                 spilled = traced().spilled(folder)
+                quantizer = _quantizer(module, spilled, folder, plan, keep, report)
+                quantizer.measure(lambda what, part: report(what, 0.3 + 0.1 * part))
+                more = attempts.fewest_kept(quantizer, report, psnr=int8_psnr)
+                keep += more
+            quantization = Quantization(budget=int8_psnr, layers=quantizer.layers_beside(more))
+            attempts.certificate = msgspec.structs.replace(attempts.certificate, quantization=quantization)
+        else:
+            attempts.make(traced().lowered(precision, keep))
+        if not attempts.certificate.passed and precision in HALF and (auto or not allow_mismatch):
+            with scratch_folder(out) as folder:
+                halving = Halving(traced().spilled(folder), precision, keep)
                 if auto:
-                    keep, certificate = _with_islands(spilled, precision, keep, certificate, attempt, report)
+                    keep += attempts.fewest_kept(halving, report)
                 else:
-                    advice = _advice(spilled, precision)
+                    advice = _advice(halving)
+        certificate = attempts.certificate
         if not certificate.passed and not allow_mismatch:
             _refuse(certificate, advice)
         write_tensors(work / PLANS, ready)
-        listed = (WEIGHTS, *(f"{name}.onnx" for name in graphs), PLANS, GOLDEN)
+        listed = (WEIGHTS, *(f"{name}.onnx" for name in attempts.graphs), PLANS, GOLDEN)
         manifest = Manifest(
             schema=SCHEMA,
             name=out.name.removesuffix(SUFFIX),
@@ -180,6 +191,38 @@ def export(
     return Bundle.open(out)
 
 
+class _Attempts:
+    """Graphs in one folder, one attempt after the other, each compared with PyTorch.
+
+    Attributes:
+        graphs, certificate: of the last one.
+    """
+
+    graphs: list[str]
+    certificate: Certificate
+
+    def __init__(self, work: Path, certifier: Certifier) -> None:
+        self._work, self._certifier = work, certifier
+
+    def make(self, traced: Traced) -> Certificate:
+        """Write what was traced, which is used up, and compare it."""
+        from diffexport.exporter.compose import write_graphs
+
+        self.graphs = write_graphs(traced, self._work, self._certifier.precision)
+        self.certificate = self._certifier.certify(self._work)
+        return self.certificate
+
+    def fewest_kept(self, coarsening: Coarsening, report: Progress, psnr: float = -math.inf) -> tuple[str, ...]:
+        """Make what holds every limit, and ``psnr`` in every run, with the fewest layers in fp32; these layers."""
+        from diffexport.exporter.islands import fewest_kept
+
+        def holds(kept: Sequence[str]) -> bool:
+            found = self.make(coarsening.traced(kept))
+            return found.passed and all(m.psnr is None or m.psnr >= psnr for m in found.measurements)
+
+        return fewest_kept(coarsening, holds, lambda what, part: report(what, 0.4 + 0.5 * part))
+
+
 def _trace(module: torch.nn.Module, spec: ModelSpec, decoder: tuple[torch.nn.Module, DecoderSpec] | None) -> Traced:
     from diffexport.exporter.compose import Traced
     from diffexport.exporter.trace import trace_decoder, trace_network
@@ -188,73 +231,24 @@ def _trace(module: torch.nn.Module, spec: ModelSpec, decoder: tuple[torch.nn.Mod
     return Traced(network, spec, (trace_decoder(*decoder, spec.shape[0]), decoder[1]) if decoder is not None else None)
 
 
-def _with_islands(
-    spilled: Traced,
-    precision: Precision,
-    keep: tuple[str, ...],
-    failed: Certificate,
-    attempt: Callable[[Callable[[], Traced], Sequence[str]], Certificate],
-    report: Progress,
-) -> tuple[tuple[str, ...], Certificate]:
-    """The layers to keep fp32, the fewest more that are enough, and the certificate of the graphs last written."""
-    from diffexport.exporter.islands import fewest_islands
-
-    certificate = failed
-
-    def holds(more: Sequence[str]) -> bool:
-        nonlocal certificate
-        certificate = attempt(spilled.clone, (*keep, *more))
-        return certificate.passed
-
-    more = fewest_islands(spilled, precision, holds, lambda what, part: report(what, 0.4 + 0.5 * part))
-    return (*keep, *more), certificate
-
-
 def _quantizer(
-    module: torch.nn.Module, traced: Traced, plan: Plan, folder: Path, keep: Sequence[str], report: Progress
+    module: torch.nn.Module, spilled: Traced, folder: Path, plan: Plan, keep: Sequence[str], report: Progress
 ) -> Quantizer:
     """A quantizer of what was traced, calibrated on runs of the module."""
     from diffexport.backends.torch import TorchSession
     from diffexport.exporter.precision import check_patterns
     from diffexport.exporter.quantize import Quantizer, visited_states
 
-    check_patterns(keep, traced.layers)
+    check_patterns(keep, spilled.layers)
     feeds = visited_states(
-        TorchSession(module, traced.spec), traced.spec, plan, lambda what, part: report(what, 0.1 + 0.1 * part)
+        TorchSession(module, spilled.spec), spilled.spec, plan, lambda what, part: report(what, 0.1 + 0.1 * part)
     )
-    return Quantizer(traced.spilled(folder), folder, feeds, keep, lambda what, part: report(what, 0.2 + 0.1 * part))
+    return Quantizer(spilled, folder, feeds, keep, lambda what, part: report(what, 0.2 + 0.1 * part))
 
 
-def _with_int8(
-    quantizer: Quantizer,
-    keep: tuple[str, ...],
-    budget: float,
-    attempt: Callable[[Callable[[], Traced], Sequence[str]], Certificate],
-    report: Progress,
-) -> tuple[tuple[str, ...], Certificate]:
-    """The layers that stay fp32, the fewest more that meet the budget, and the certificate of the graphs last written."""
-    from diffexport.exporter.islands import fewest
-
-    errors = quantizer.sensitivities(lambda what, part: report(what, 0.3 + 0.1 * part))
-    certificate: Certificate | None = None
-
-    def holds(more: Sequence[str]) -> bool:
-        nonlocal certificate
-        certificate = attempt(lambda: quantizer.traced(more), keep)
-        return certificate.passed and all(m.psnr is None or m.psnr >= budget for m in certificate.measurements)
-
-    more = () if holds(()) else fewest([error.layer for error in errors], holds, report)
-    assert certificate is not None
-    layers = [msgspec.structs.replace(error, kept=error.layer in more) for error in errors]
-    quantization = Quantization(budget=budget, layers=layers)
-    return (*keep, *more), msgspec.structs.replace(certificate, quantization=quantization)
-
-
-def _advice(spilled: Traced, precision: Precision) -> str:
+def _advice(halving: Halving) -> str:
     """What to try where a half bundle fails its checks, naming the layer that leaves float16."""
-    from diffexport.exporter.islands import Investigation
-
-    found = Investigation(spilled).overflows() if precision == "fp16" else []
+    found = halving.overflows() if halving.precision == "fp16" else []
     return "".join(f"; {first}" for first in found[:1]) + f"; --keep-fp32 {AUTO} finds the layers that must stay fp32"
 
 

@@ -1,11 +1,16 @@
-"""What ``diffx sample`` and ``diffx plan`` ask of a plan, in the same words."""
+"""What several commands ask for, in the same words."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+BundlePath = Annotated[Path | None, typer.Argument(help="The bundle.", show_default="the only one in this folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+# of a plan
 SamplerName = Annotated[str | None, typer.Option(help="The sampler; `diffx plan --list` lists them.")]
 Steps = Annotated[int | None, typer.Option(help="Number of steps.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance weight w of uncond + w*(cond - uncond); 1 is off.")]
