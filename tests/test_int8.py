@@ -12,6 +12,7 @@ from refusals import assert_refused
 
 import diffexport
 from diffexport.backends.torch import TorchSession
+from diffexport.engines.build import build
 from diffexport.exporter.quantize import SAMPLES, visited_states
 from diffexport.parity import psnr
 from diffexport.plan import make_plan
@@ -90,6 +91,14 @@ def test_graphs_hold_what_tensorrt_takes(int8_bundle, name, graph):
             zero = weights[node.input[2]]
             assert zero.data_type == onnx.TensorProto.INT8
             assert not numpy_helper.to_array(zero).any()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_tensorrt_for_rtx_builds_it(int8_bundle, name):
+    (built,) = build(int8_bundle(name), "trt-rtx", targets=["sm89"], batches="1-4", graphs=["step"])
+    layers = built.engine.record.network.layers
+    assert set(layers["QUANTIZE"]) == {"INT8"}
+    assert sum(layers["DEQUANTIZE"].values()) > sum(layers["QUANTIZE"].values()) > 20
 
 
 def test_weights_are_a_quarter_and_shared(int8_bundle, tmp_path):

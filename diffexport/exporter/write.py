@@ -127,8 +127,8 @@ def export(
 
     if precision == "int8" and 4 * parameters_of(module) >= MOST_INT8:
         raise ExportError(
-            f"int8: {4 * parameters_of(module) / 1e9:.1f} GB of fp32 weights, which the quantizer holds in one message of at"
-            " most 2.1 GB; export in fp16, bf16 or fp32"
+            f"int8: {4 * parameters_of(module) / 1e9:.1f} GB of fp32 weights, which the quantizer holds in one message of"
+            " at most 2.1 GB; export in fp16, bf16 or fp32"
         )
     needed = forecast(module, spec, decoder, precision)
     check_disk(out, needed)
