@@ -94,6 +94,12 @@ def test_every_family_gives_the_images_of_python(cpp, family_bundle, tmp_path, n
     assert_same_images(cpp, family_bundle(name, precision), tmp_path, 5, backend)
 
 
+def test_bf16_without_openvino_is_refused_with_what_to_do(cpp, family_bundle):
+    done = cpp.run("diffx-sample", family_bundle("official DiT", "bf16").path, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ONNX Runtime has no bfloat16 on a CPU; take --backend openvino, or a bundle of fp16" in done.stderr
+
+
 def test_diffx_sample_takes_the_words_of_diffx_sample(cpp, diffx, toy_bundle):
     """The same words give the same images; labels by name, too."""
     words = [toy_bundle("variance").path, "--labels", "bee,3-4,ant", "--steps", 5, "--sampler", "ddpm", "--seed", 7]
