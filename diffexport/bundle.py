@@ -10,6 +10,8 @@
     sampler_decoded.onnx  (x_init, label, plan, noise) -> image, x: label to image in one call, with a decoder
     conditioning.onnx   (c_noise, label) -> condition: what depends on them alone, for all rows at once
     step_conditioned.onnx, step_plain_conditioned.onnx     the steps with condition in the label's place
+    branch.onnx         (x, condition, row) -> out: the network for one half of a guided batch
+    update.onnx         (x, h, z, row, cond, uncond) -> (x', h'): what a guided step does after both halves
     plans.safetensors   ready-made plans for runtimes without Python
     golden.safetensors  golden cases: recorded inputs and PyTorch's outputs
     certificate.json    what was measured against PyTorch, with the manifest's sha256
@@ -44,6 +46,12 @@ WEIGHTS, PLANS, GOLDEN = "weights.bin", "plans.safetensors", "golden.safetensors
 GRAPHS = ("step", "step_plain", "denoiser", "sampler")
 DECODER_GRAPHS = ("decoder", "sampler_decoded")
 CONDITIONED_GRAPHS = ("conditioning", "step_conditioned", "step_plain_conditioned")
+BRANCH_GRAPHS = ("branch", "update")
+"""Of models that can be guided, beside the conditioned ones."""
+
+CPU_GRAPHS = CONDITIONED_GRAPHS + BRANCH_GRAPHS
+"""Those that only sessions on a CPU run."""
+
 
 MAX_JSON = 1 << 26
 MAX_TENSORS = 1 << 29
@@ -130,8 +138,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def graphs(self) -> tuple[str, ...]:
         """The names of the bundle's graphs."""
-        conditioned = CONDITIONED_GRAPHS if f"{CONDITIONED_GRAPHS[0]}.onnx" in self.files else ()
-        return GRAPHS + conditioned + (DECODER_GRAPHS if self.decoder is not None else ())
+        on_cpu = tuple(graph for graph in CPU_GRAPHS if f"{graph}.onnx" in self.files)
+        return GRAPHS + on_cpu + (DECODER_GRAPHS if self.decoder is not None else ())
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ import types
 import numpy as np
 
 from diffexport.backends.onnxruntime import load_graph
-from diffexport.bundle import CONDITIONED_GRAPHS, entry_of, write_json
+from diffexport.bundle import CPU_GRAPHS, entry_of, write_json
 from diffexport.engines import header
 from diffexport.engines.products import PRODUCTS
 from diffexport.engines.profiles import Profile, input_ranges
@@ -302,7 +302,7 @@ def install(monkeypatch, backend, bundle, batches=((1, 1), (3, 3), (2, 8)), capa
     trt.__spec__ = importlib.machinery.ModuleSpec(PRODUCTS[backend].module, None)
     monkeypatch.setitem(sys.modules, PRODUCTS[backend].module, trt)
     monkeypatch.setattr("diffexport.backends.cuda.runtime", lambda: cuda)
-    for graph in set(bundle.manifest.graphs) - set(CONDITIONED_GRAPHS):
+    for graph in set(bundle.manifest.graphs) - set(CPU_GRAPHS):
         put_engine(bundle, backend, graph, tuple(Profile(low, high, high) for low, high in batches))
     trt.show(bundle)
     return cuda, trt

@@ -41,8 +41,8 @@ def open_session(
         threads: threads in all; every core that this process may use where not given.
         precision: what the network's layers compute in, "fp32" or "bf16". Where not given, bf16 for a bf16 bundle on a
             processor that has it, and else fp32; the int8 layers of an int8 bundle are int8 in either.
-        mode: "latency" gives all threads to one call; "throughput" cuts a batch into as many parts as there are
-            threads and runs them side by side.
+        mode: "latency" gives all threads to one call, or half of them to each half of guidance; "throughput" cuts a batch
+            into as many parts as there are threads and runs them side by side.
         cache: keep compiled graphs in the cache (``diffexport.cache``), from where they are mapped, not read.
 
     Raises:
@@ -93,35 +93,58 @@ class OpenVinoSession(HostSession):
         self._core = core
         self._settings = settings
         self._digest = digest
+        self._takes_branches = (
+            settings["NUM_STREAMS"] == 1
+            and settings["INFERENCE_NUM_THREADS"] > 1
+            and (folder / "branch.onnx").is_file()
+        )
         self._compiled: dict[str, openvino.CompiledModel] = {}
         self._mapped: list[NDArray[np.uint8]] = []  # what imported graphs read their weights from
 
     def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
-        compiled, batch = self._graph(graph), len(read["x"])
+        if graph == "step_conditioned" and self._takes_branches:
+            return self._prepare_branches(read, written)
+        batch = len(read["x"])
         requests: list[openvino.InferRequest] = []
         copies: list[tuple[Array, Array]] = []  # of what a part cannot read in place: (its own, where it comes from)
         for part in self._parts(batch):
-            request = compiled.create_infer_request()
-            for ports, arrays in ((compiled.inputs, read), (compiled.outputs, written)):
-                for port in ports:
-                    name = _name(port, arrays)
-                    array = arrays[name]
-                    if name == "condition":
-                        array = _of_both_halves(array.reshape(-1, batch, array.shape[1])[:, part], copies)
-                    elif name != "row":
-                        array = array[part]
-                    request.set_tensor(port, openvino.Tensor(array, shared_memory=True))
-            requests.append(request)
+            mine = {
+                name: array if name == "row" else array[part] for name, array in read.items() if name != "condition"
+            }
+            if "condition" in read:
+                both = read["condition"].reshape(-1, batch, read["condition"].shape[1])
+                mine["condition"] = _of_both_halves(both[:, part], copies)
+            requests.append(self._request(graph, mine, {name: array[part] for name, array in written.items()}))
 
         def call() -> None:
             for own, source in copies:
                 own[:] = source
-            for request in requests:
-                request.start_async()
-            for request in requests:
-                request.wait()
+            _run_side_by_side(requests)
 
         return call
+
+    def _prepare_branches(self, read: Arrays, written: Arrays) -> Call:
+        """A guided step whose two halves run side by side, so that cores share no operator and wait for each other once."""
+        shape = (len(read["x"]), *self._spec.output_shape)
+        branches = {name: np.zeros(shape, np.float32) for name in ("cond", "uncond")}
+        halves = zip(branches.values(), np.split(read["condition"], 2), strict=True)
+        requests = [self._request("branch", read | {"condition": part}, {"out": out}) for out, part in halves]
+        update = self._request("update", read | branches, written)
+
+        def call() -> None:
+            _run_side_by_side(requests)
+            update.infer()
+
+        return call
+
+    def _request(self, graph: str, read: Arrays, written: Arrays) -> openvino.InferRequest:
+        """A request of a graph on these arrays, in place."""
+        compiled = self._graph(graph)
+        request = compiled.create_infer_request()
+        for ports, arrays in ((compiled.inputs, read), (compiled.outputs, written)):
+            for port in ports:
+                request.set_tensor(port, openvino.Tensor(arrays[_name(port, arrays)], shared_memory=True))
+        return request
 
     def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
         compiled = self._graph(graph)
@@ -148,18 +171,19 @@ class OpenVinoSession(HostSession):
     def _load(self, name: str) -> openvino.CompiledModel:
         """A graph from the cache, or compiled and put there."""
         path = self._folder / f"{name}.onnx"
-        key = key_of(self._digest, name, openvino.__version__, processor(), sorted(self._settings.items()))
+        settings = self._settings | ({"NUM_STREAMS": 2} if name == "branch" else {})
+        key = key_of(self._digest, name, openvino.__version__, processor(), sorted(settings.items()))
         entry = cached("openvino", key) if self._digest is not None else None
         try:
             if entry is not None:
                 blob = np.memmap(entry / _BLOB, np.uint8, "c")  # copy on write, since OpenVINO asks for a writable one
-                compiled = self._core.import_model(openvino.Tensor(blob, shared_memory=True), DEVICE, self._settings)
+                compiled = self._core.import_model(openvino.Tensor(blob, shared_memory=True), DEVICE, settings)
                 self._mapped.append(blob)
                 return compiled
         except (OSError, RuntimeError):
             pass  # a damaged entry is compiled anew, below, and replaced
         try:
-            compiled = self._core.compile_model(path, DEVICE, self._settings)
+            compiled = self._core.compile_model(path, DEVICE, settings)
         except RuntimeError as error:
             raise BackendError(f"{path}: OpenVINO cannot load it ({_reason(error)})") from error
         if self._digest is not None:
@@ -169,6 +193,13 @@ class OpenVinoSession(HostSession):
 
 def _write_blob(compiled: openvino.CompiledModel, path: Path) -> None:
     path.write_bytes(compiled.export_model().getbuffer())
+
+
+def _run_side_by_side(requests: Sequence[openvino.InferRequest]) -> None:
+    for request in requests:
+        request.start_async()
+    for request in requests:
+        request.wait()
 
 
 def _of_both_halves(condition: Array, copies: list[tuple[Array, Array]]) -> Array:

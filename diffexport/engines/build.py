@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from diffexport.bundle import CONDITIONED_GRAPHS, Bundle, entry_of, write_json
+from diffexport.bundle import CPU_GRAPHS, Bundle, entry_of, write_json
 from diffexport.decoding import tile_of
 from diffexport.engines.header import check_header
 from diffexport.engines.products import Product, check_targets, product_of
@@ -143,7 +143,7 @@ def _capability_here(product: Product, targets: Sequence[str]) -> str | None:
 
 
 def _graphs(bundle: Bundle, wanted: Sequence[str]) -> list[str]:
-    there = [graph for graph in bundle.manifest.graphs if graph not in CONDITIONED_GRAPHS]  # for the CPU's sessions
+    there = [graph for graph in bundle.manifest.graphs if graph not in CPU_GRAPHS]  # for the CPU's sessions
     for graph in wanted:
         if graph not in there:
             raise EngineError(f"--graph {graph}: expected one of {', '.join(there)}")

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from diffexport.backends.onnxruntime import LARGE
 from diffexport.bundle import HALF, WEIGHTS, Precision
-from diffexport.exporter.graphs import conditioning_graph, decoder_graph, denoiser_graph, step_graph
+from diffexport.exporter.graphs import (
+    branch_graph,
+    conditioning_graph,
+    decoder_graph,
+    denoiser_graph,
+    step_graph,
+    update_graph,
+)
 from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
 from diffexport.exporter.parts import CONDITION, cut_at, take_batch_from_noise
 from diffexport.exporter.precision import check_patterns, layers_of, lower
@@ -86,6 +93,9 @@ def write_graphs(traced: Traced, folder: Path, precision: Precision) -> list[str
         graphs["conditioning"] = conditioning_graph(network, spec, condition)
         graphs["step_conditioned"] = step_graph(network, spec, guided=True, condition=condition)
         graphs["step_plain_conditioned"] = step_graph(network, spec, guided=False, condition=condition)
+        if spec.guidable:
+            graphs["branch"] = branch_graph(network, spec, condition)
+            graphs["update"] = update_graph(spec)
     if traced.decoder is not None:
         model, decoder_spec = traced.decoder
         decoder = write_weights(model, folder / WEIGHTS)

@@ -153,6 +153,34 @@ def conditioning_graph(network: onnx.GraphProto, spec: ModelSpec, condition: Seq
     return b.model("conditioning", inputs, [tensor("condition", [BATCH, width])], network)
 
 
+def branch_graph(network: onnx.GraphProto, spec: ModelSpec, condition: Sequence[Part]) -> onnx.ModelProto:
+    """(x, condition, row) -> out: the network's prediction for one half of a guided batch, (B, *output_shape).
+
+    ``condition`` is that half's (B, K). Two runs of it side by side, then ``update``, are a guided step.
+    """
+    b = GraphBuilder()
+    x_in, c_noise = _network_inputs(b, _columns(b, "row"), "x")
+    (out,) = b.network(network, {X: x_in, C_NOISE: c_noise} | _from_condition(b, condition))
+    b.add("Identity", [out], ["out"])
+    width = sum(math.prod(part.sides) for part in condition)
+    inputs = [tensor("x", [BATCH, *spec.shape]), tensor("condition", [BATCH, width]), tensor("row", [len(COLUMNS)])]
+    return b.model("branch", inputs, [tensor("out", [BATCH, *spec.output_shape])], network)
+
+
+def update_graph(spec: ModelSpec) -> onnx.ModelProto:
+    """(x, h, z, row, cond, uncond) -> (x_next, h_next): what a guided step does after the network."""
+    b = GraphBuilder()
+    r = _columns(b, "row")
+    output = _mixed(b, spec, "cond", "uncond", r["w"])
+    _update(b, spec, r, "z", ("x", "h"), ("x_next", "h_next"), *output)
+    inputs = [
+        *(tensor(name, [BATCH, *spec.shape]) for name in ("x", "h", "z")),
+        tensor("row", [len(COLUMNS)]),
+        *(tensor(name, [BATCH, *spec.output_shape]) for name in ("cond", "uncond")),
+    ]
+    return b.model("update", inputs, [tensor(name, [BATCH, *spec.shape]) for name in ("x_next", "h_next")])
+
+
 def apply_row(
     b: GraphBuilder,
     network: onnx.GraphProto,
@@ -166,12 +194,36 @@ def apply_row(
     condition: Sequence[Part] = (),
 ) -> None:
     """The definition of ``diffexport.plan`` for one row: from the state (x, h) to the following one, by name."""
-    x, h = state
-    r = dict(zip(COLUMNS, b.op("Split", row, outputs=len(COLUMNS), axis=0, num_outputs=len(COLUMNS)), strict=True))
-    x_in = b.op("Mul", x, r["c_in"])  # (B, *shape)
+    x = state[0]
+    r = _columns(b, row)
+    x_in, c_noise = _network_inputs(b, r, x)
+    output = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided, condition=condition)
+    _update(b, spec, r, z, state, following, *output)
+
+
+def _columns(b: GraphBuilder, row: str) -> dict[str, str]:
+    """A row's numbers by the names of their columns, each (1,)."""
+    return dict(zip(COLUMNS, b.op("Split", row, outputs=len(COLUMNS), axis=0, num_outputs=len(COLUMNS)), strict=True))
+
+
+def _network_inputs(b: GraphBuilder, r: dict[str, str], x: str) -> tuple[str, str]:
+    """x_in (B, *shape) and c_noise (B,) of a row."""
     size = b.op("Shape", x, start=0, end=1)
-    c_noise = b.op("Expand", r["c_noise"], size)  # (B,)
-    out, log_variance = _guided_output(b, network, spec, x_in, c_noise, r["w"], guided=guided, condition=condition)
+    return b.op("Mul", x, r["c_in"]), b.op("Expand", r["c_noise"], size)
+
+
+def _update(
+    b: GraphBuilder,
+    spec: ModelSpec,
+    r: dict[str, str],
+    z: str,
+    state: tuple[str, str],
+    following: tuple[str, str],
+    out: str,
+    log_variance: str | None,
+) -> None:
+    """From the network's prediction to the following state."""
+    x, h = state
     denoised = _denoised(b, spec, x, r["c_skip"], r["c_out"], out)
     if spec.clip is not None and spec.clip_keeps == "eps":
         rest = b.op("Mul", b.op("Sub", b.constant(1.0), r["c_skip"]), x)
@@ -247,6 +299,12 @@ def _guided_output(
     assert w is not None
     doubled = _doubled_output(b, network, spec, x_in, c_noise, condition)
     cond, uncond = b.op("Split", doubled, outputs=2, axis=0, num_outputs=2)
+    return _mixed(b, spec, cond, uncond, w)
+
+
+def _mixed(b: GraphBuilder, spec: ModelSpec, cond: str, uncond: str, w: str) -> tuple[str, str | None]:
+    """The prediction after guidance and the learned variance of the two halves, each (B, *output_shape)."""
+    channels, total = spec.shape[0], spec.output_shape[0]
     mixed_channels = spec.guided_channels or channels
     cond_mixed, uncond_mixed = cond, uncond
     if mixed_channels < total:

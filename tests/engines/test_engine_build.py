@@ -17,7 +17,7 @@ from refusals import assert_refused
 from small_disk import run_on_small_disk
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffexport.bundle import CONDITIONED_GRAPHS, Bundle
+from diffexport.bundle import CPU_GRAPHS, Bundle
 from diffexport.engines.build import build
 from diffexport.engines.header import read_header
 from diffexport.engines.network import share
@@ -38,7 +38,7 @@ def engines(toy_bundle, tmp_path_factory):
         if name not in made:
             path = tmp_path_factory.mktemp("engines") / f"{name}.diffx"
             bundle = Bundle.open(shutil.copytree(toy_bundle(name).path, path))
-            graphs = [graph for graph in bundle.manifest.graphs if graph not in CONDITIONED_GRAPHS]
+            graphs = [graph for graph in bundle.manifest.graphs if graph not in CPU_GRAPHS]
             built = build(bundle, "trt-rtx", targets=["sm120", "sm86"], batches="1-4,1", graphs=graphs)
             made[name] = bundle, {b.engine.record.key.graph: b for b in built}
         return made[name]
@@ -56,7 +56,7 @@ def copy(engines, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_graph_becomes_an_engine_that_says_what_it_is(engines, toy, name):
     bundle, built = engines(name)
-    assert set(built) == set(bundle.manifest.graphs) - set(CONDITIONED_GRAPHS)
+    assert set(built) == set(bundle.manifest.graphs) - set(CPU_GRAPHS)
     files = bundle.manifest.files
     for graph, b in built.items():
         record, key = b.engine.record, b.engine.record.key
