@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffexport.bundle import Bundle, Precision
 
 DEVICE = "CPU"
+Tensors = dict[str, openvino.Tensor]
 Mode = Literal["latency", "throughput"]
 _HINTS: dict[str, str] = {"fp32": "f32", "bf16": "bf16"}
 _BLOB = "compiled.blob"
@@ -114,7 +115,8 @@ class OpenVinoSession(HostSession):
             if "condition" in read:
                 both = read["condition"].reshape(-1, batch, read["condition"].shape[1])
                 mine["condition"] = _of_both_halves(both[:, part], copies)
-            requests.append(self._request(graph, mine, {name: array[part] for name, array in written.items()}))
+            there = {name: array[part] for name, array in written.items()}
+            requests.append(self._request(graph, _in_place(mine), _in_place(there)))
 
         def call() -> None:
             for own, source in copies:
@@ -125,11 +127,14 @@ class OpenVinoSession(HostSession):
 
     def _prepare_branches(self, read: Arrays, written: Arrays) -> Call:
         """A guided step whose two halves run side by side, so that cores share no operator and wait for each other once."""
-        shape = (len(read["x"]), *self._spec.output_shape)
-        branches = {name: np.zeros(shape, np.float32) for name in ("cond", "uncond")}
+        shape = openvino.Shape([len(read["x"]), *self._spec.output_shape])
+        branches = {name: openvino.Tensor(openvino.Type.f32, shape) for name in ("cond", "uncond")}
         halves = zip(branches.values(), np.split(read["condition"], 2), strict=True)
-        requests = [self._request("branch", read | {"condition": part}, {"out": out}) for out, part in halves]
-        update = self._request("update", read | branches, written)
+        tensors = _in_place(read)
+        requests = [
+            self._request("branch", tensors | _in_place({"condition": part}), {"out": out}) for out, part in halves
+        ]
+        update = self._request("update", tensors | branches, _in_place(written))
 
         def call() -> None:
             _run_side_by_side(requests)
@@ -137,13 +142,13 @@ class OpenVinoSession(HostSession):
 
         return call
 
-    def _request(self, graph: str, read: Arrays, written: Arrays) -> openvino.InferRequest:
-        """A request of a graph on these arrays, in place."""
+    def _request(self, graph: str, read: Tensors, written: Tensors) -> openvino.InferRequest:
+        """A request of a graph on these tensors; it need not have all of the inputs."""
         compiled = self._graph(graph)
         request = compiled.create_infer_request()
-        for ports, arrays in ((compiled.inputs, read), (compiled.outputs, written)):
+        for ports, tensors in ((compiled.inputs, read), (compiled.outputs, written)):
             for port in ports:
-                request.set_tensor(port, openvino.Tensor(arrays[_name(port, arrays)], shared_memory=True))
+                request.set_tensor(port, tensors[_name(port, tensors)])
         return request
 
     def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
@@ -195,6 +200,11 @@ def _write_blob(compiled: openvino.CompiledModel, path: Path) -> None:
     path.write_bytes(compiled.export_model().getbuffer())
 
 
+def _in_place(arrays: Arrays) -> Tensors:
+    """Tensors on the memory of arrays, which must outlive them."""
+    return {name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()}
+
+
 def _run_side_by_side(requests: Sequence[openvino.InferRequest]) -> None:
     for request in requests:
         request.start_async()
@@ -211,7 +221,7 @@ def _of_both_halves(condition: Array, copies: list[tuple[Array, Array]]) -> Arra
     return condition.reshape(-1, condition.shape[2])
 
 
-def _name(port: Any, known: Sequence[str] | Arrays) -> str:
+def _name(port: Any, known: Iterable[str]) -> str:
     """The name of a port among those known; a port also carries the names of values inside that are the same."""
     (name,) = port.get_names() & set(known)
     return str(name)
