@@ -1,5 +1,6 @@
 """What OpenVINO has beyond the contract of all backends: precision, modes. And the cache, which ONNX Runtime shares."""
 
+import gc
 import tracemalloc
 
 import numpy as np
@@ -13,7 +14,8 @@ from diffexport.errors import BackendError
 from diffexport.golden import check_golden
 from diffexport.noise import normal
 from diffexport.parity import relative_l2
-from diffexport.probes import mixing_row, probe_labels
+from diffexport.plan import make_plan
+from diffexport.probes import mixing_row, probe_guidance, probe_labels
 from diffexport.verification import golden_finding
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -77,6 +79,28 @@ def test_parts_of_a_batch_side_by_side_are_the_batch(toy_bundle, batch):
     in_parts = one_step(open_session(bundle, "openvino", threads=2, mode="throughput"), bundle.spec, batch)
     for found, expected in zip(in_parts, together, strict=True):
         assert relative_l2(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_halves_of_guidance_side_by_side_are_the_guided_step(toy_bundle, batch):
+    bundle = toy_bundle("variance")
+    plan = make_plan(bundle.spec, "ddpm", 6, probe_guidance(bundle.spec))
+    rows = plan.rows.astype(np.float32)
+    x, *z = normal(0, range(batch), range(len(rows) + 1), bundle.spec.shape)
+    label = probe_labels(bundle.spec, range(batch))
+    ends = []
+    for threads in (1, 2):  # one thread takes the guided step whole
+        session = open_session(bundle, "openvino", threads=threads)
+        session.begin(x, label, rows=rows)
+        for row, noise in zip(rows, z, strict=True):
+            session.step(row, noise)
+        gc.collect()
+        ends.append(session.state()[0])
+        assert (("branch" in session._compiled), ("step_conditioned" in session._compiled)) == (
+            threads == 2,
+            threads == 1,
+        )
+    assert relative_l2(*ends) < 1e-5
 
 
 @pytest.mark.parametrize("backend", HOST)
