@@ -16,6 +16,7 @@ import pytest
 import torch
 from bench_contenders import broken, dying, fast, slow
 from conftest import TOYS
+from interrupts import hear_interrupts
 from PIL import Image
 from refusals import assert_refused
 
@@ -160,7 +161,9 @@ def test_an_interrupt_ends_every_process(toy_bundle):
     """Ctrl-C of a terminal reaches all processes of the group at once."""
     words = ["bench", str(toy_bundle("plain").path), "--batch", "1", "--only", "ort,openvino", "--seconds", "60"]
     run = [sys.executable, "-c", "from diffexport_cli.app import main; main()", *words]
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        run, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts
+    )
     try:
         deadline = time.monotonic() + 60
         while len(children := _children(process.pid)) < 4 and time.monotonic() < deadline:  # a tracker, two, a product

@@ -1,6 +1,5 @@
 """Real engines, built by TensorRT for RTX on a machine without a GPU."""
 
-import functools
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from interrupts import hear_interrupts
 from refusals import assert_refused
 from small_disk import run_on_small_disk
 from torch.utils.flop_counter import FlopCounterMode
@@ -241,10 +241,7 @@ def test_a_killed_build_leaves_nothing(copy, seconds):
 
 def test_an_interrupt_ends_the_build_at_once(copy):
     before = sorted((copy.path / "engines").iterdir())
-    heard = functools.partial(
-        signal.signal, signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job is deaf
-    process, _ = _started(copy, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
+    process, _ = _started(copy, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130

@@ -40,7 +40,7 @@ def test_the_command_trains_and_keeps_what_was_typed(tmp_path):
         (["--schedule", "linear"], "--schedule linear: expected one of"),
         (["--channel-mult", "1,x"], "--channel-mult 1,x: expected whole numbers"),
         (["--schedule", "cosine", "--schedule-end", "3"], "has no start and end"),
-        (["--schedule-start", "30"], "sigmas above 0 that rise"),
+        (["--schedule-start", "30"], "that rise from first to last"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, options, message):
