@@ -38,9 +38,8 @@ class SelfTested:
         self, x: Array, label: NDArray[np.int64] | None, h: Array | None = None, rows: Array | None = None
     ) -> None:
         self._label = label
-        self.session.begin(
-            x, label, h
-        )  # not told its rows, it runs the graphs that are tested, and none in their place
+        # not told its rows, the session runs the graphs that are tested, and none in their place
+        self.session.begin(x, label, h)
 
     def step(self, row: Array, z: Array | None = None) -> None:
         graph = "step_plain" if row[GUIDANCE] == 1 else "step"

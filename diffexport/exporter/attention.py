@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from diffexport.exporter.rewrite import Replacement, constant_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -90,7 +92,7 @@ def _unscaled(value: onnx_ir.Value | None) -> tuple[onnx_ir.Value | None, float]
     node = _producer(value, "Mul")
     if node is None:
         return value, 1.0
-    number = _constant(node.inputs[1])
+    number = constant_of(node.inputs[1])
     return (node.inputs[0], float(number.reshape(()))) if number is not None and number.size == 1 else (value, 1.0)
 
 
@@ -113,7 +115,7 @@ def _part(value: onnx_ir.Value | None) -> tuple[onnx_ir.Node, int] | None:
     cut = _producer(squeeze.inputs[0], "Slice") if squeeze is not None else None
     if cut is None or len(cut.inputs) < 4:
         return None
-    start, stop, axis = (_constant(source) for source in cut.inputs[1:4])
+    start, stop, axis = (constant_of(source) for source in cut.inputs[1:4])
     stack = _producer(cut.inputs[0], "Transpose")
     if stack is None or start is None or stop is None or axis is None or stop.item() != start.item() + 1 or axis.item():
         return None
@@ -128,7 +130,7 @@ def _projection(stack: onnx_ir.Node) -> _Projection | None:
     add = _producer(reshape.inputs[0], "Add")
     bias = add.inputs[1] if add is not None else None
     product = _producer(add.inputs[0] if add is not None else reshape.inputs[0], "MatMul")
-    if product is None or _constant(product.inputs[1]) is None or (bias is not None and _constant(bias) is None):
+    if product is None or constant_of(product.inputs[1]) is None or (bias is not None and constant_of(bias) is None):
         return None
     x, weight, sides = product.inputs[0], product.inputs[1], reshape.inputs[1]
     shape = reshape.outputs[0].shape
@@ -137,59 +139,38 @@ def _projection(stack: onnx_ir.Node) -> _Projection | None:
     return _Projection(x, product, weight, bias, sides)
 
 
-def _constant(value: onnx_ir.Value | None) -> Any:
-    return value.const_value.numpy() if value is not None and value.const_value is not None else None
-
-
 def _rewrite(model: onnx_ir.Model, attention: _Attention) -> None:
     """Give the two products of an attention inputs of their own."""
-    import onnx_ir as ir
-
     p = attention.projection
-    weight, bias = _constant(p.weight), _constant(p.bias)
+    weight, bias = constant_of(p.weight), constant_of(p.bias)
     shape = p.product.outputs[0].shape
     heads = _heads(p)
     assert shape is not None
+    batch, tokens, _ = shape
     width = weight.shape[1] // 3
-    before: list[onnx_ir.Node] = []
-
-    def add(kind: str, *inputs: onnx_ir.Value | None, **attributes: Any) -> onnx_ir.Value:
-        node = ir.node(kind, inputs, attributes)
-        node.metadata_props.update(p.product.metadata_props)
-        before.append(node)
-        value = node.outputs[0]
-        value.type = p.x.type
-        return value
-
-    def constant(name: str, array: Any) -> onnx_ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        model.graph.initializers[name] = value
-        return value
+    new = Replacement(model, p.product)
+    source = p.bias.name.removesuffix("bias") if p.bias is not None and p.bias.name else f"{p.weight.name}."
+    sides = new.weight(f"{source}sides", np.array([0, 0, *heads], np.int64))
 
     def transposed(value: onnx_ir.Value, order: Sequence[int]) -> onnx_ir.Value:
-        moved = add("Transpose", value, perm=order)
         assert value.shape is not None
-        moved.shape = ir.Shape([value.shape[axis] for axis in order])
-        return moved
+        return new.add("Transpose", value, shape=[value.shape[axis] for axis in order], perm=order)
 
-    source = p.bias.name.removesuffix("bias") if p.bias is not None and p.bias.name else f"{p.weight.name}."
-    sides = constant(f"{source}sides", np.array([0, 0, *heads], np.int64))
     made = []
     for index, part in enumerate("qkv"):
         scale = np.float32(attention.scale if part == "q" else 1.0)
         columns = slice(index * width, (index + 1) * width)
-        y = add("MatMul", p.x, constant(f"{source}{part}.weight", np.ascontiguousarray(weight[:, columns] * scale)))
-        y.shape = ir.Shape([*shape[:-1], width])
+        own = new.weight(f"{source}{part}.weight", np.ascontiguousarray(weight[:, columns] * scale))
+        y = new.add("MatMul", p.x, own, shape=[batch, tokens, width])
         if bias is not None:
-            y = add("Add", y, constant(f"{source}{part}.bias", bias[columns] * scale))
-            y.shape = ir.Shape([*shape[:-1], width])
-        split = add("Reshape", y, sides, allowzero=0)
-        split.shape = ir.Shape([*shape[:-1], *heads])
+            y = new.add(
+                "Add", y, new.weight(f"{source}{part}.bias", bias[columns] * scale), shape=[batch, tokens, width]
+            )
+        split = new.add("Reshape", y, sides, shape=[batch, tokens, *heads], allowzero=0)
         made.append(transposed(split, [0, 2, 1, 3]))
     q, k, v = made
     k = transposed(k, [0, 1, 3, 2])
-    model.graph.insert_before(attention.scores, before)
+    model.graph.insert_before(attention.scores, new.nodes)
     attention.scores.replace_input_with(0, q)
     attention.scores.replace_input_with(1, k)
     attention.mixed.replace_input_with(1, v)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffexport.exporter.rewrite import Replacement, constant_of
+
 if TYPE_CHECKING:
     import onnx_ir
 
@@ -40,17 +42,13 @@ def _doubling_before(convolution: onnx_ir.Node) -> onnx_ir.Node | None:
         return None
     image, weight = convolution.inputs[:2]
     doubling = image.producer() if image is not None else None
-    if doubling is None or doubling.op_type != "Resize" or len(doubling.inputs) != 3 or _constant(weight) is None:
+    if doubling is None or doubling.op_type != "Resize" or len(doubling.inputs) != 3 or constant_of(weight) is None:
         return None
     sides = all(convolution.attributes.get_ints(name) == value for name, value in _CONVOLUTION.items())
     nearest = all(doubling.attributes.get_string(name) == value for name, value in _DOUBLING.items())
-    scales = _constant(doubling.inputs[2])
+    scales = constant_of(doubling.inputs[2])
     twice = scales is not None and scales.tolist() == [1, 1, 2, 2]
     return doubling if sides and nearest and twice and convolution.attributes.get_int("group") == 1 else None
-
-
-def _constant(value: onnx_ir.Value | None) -> Any:
-    return value.const_value.numpy() if value is not None and value.const_value is not None else None
 
 
 def _rewrite(model: onnx_ir.Model, doubling: onnx_ir.Node, convolution: onnx_ir.Node) -> None:
@@ -62,31 +60,19 @@ def _rewrite(model: onnx_ir.Model, doubling: onnx_ir.Node, convolution: onnx_ir.
     assert weight is not None
     assert weight.name is not None
     assert out.shape is not None
-    kernel = _constant(weight).astype(np.float64)
+    batch, channels, *_ = out.shape
+    sides = small.shape[2:]
+    kernel = constant_of(weight).astype(np.float64)
     source = weight.name.removesuffix("weight")
-    nodes: list[onnx_ir.Node] = []
-
-    def add(kind: str, *inputs: onnx_ir.Value | None, **attributes: Any) -> onnx_ir.Value:
-        node = ir.node(kind, inputs, attributes)
-        node.metadata_props.update(convolution.metadata_props)
-        nodes.append(node)
-        node.outputs[0].type = out.type
-        return node.outputs[0]
-
+    new = Replacement(model, convolution)
     parts = []
     for row in (0, 1):
         for column in (0, 1):
             taps = np.einsum("ay,bx,oiyx->oiab", _TAPS[row], _TAPS[column], kernel).astype(np.float32)
-            tensor = ir.tensor(taps, name=f"{source}{row}{column}.weight")
-            value = ir.Value(
-                name=tensor.name, shape=ir.Shape(taps.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            model.graph.initializers[str(tensor.name)] = value
-            parts.append(add("Conv", small, value, *bias, kernel_shape=[2, 2], pads=[1 - row, 1 - column, row, column]))
-            parts[-1].shape = ir.Shape([*out.shape[:2], *small.shape[2:]])
-    side_by_side = add("Concat", *parts, axis=1)
-    side_by_side.shape = ir.Shape([out.shape[0], 4 * out.shape[1], *small.shape[2:]])
-    woven = add("DepthToSpace", side_by_side, blocksize=2, mode="DCR")
-    woven.shape = out.shape
-    model.graph.insert_before(convolution, nodes)
+            value = new.weight(f"{source}{row}{column}.weight", taps)
+            window: dict[str, Any] = {"kernel_shape": [2, 2], "pads": [1 - row, 1 - column, row, column]}
+            parts.append(new.add("Conv", small, value, *bias, shape=[batch, channels, *sides], **window))
+    side_by_side = new.add("Concat", *parts, shape=[batch, 4 * channels, *sides], axis=1)
+    woven = new.add("DepthToSpace", side_by_side, shape=list(out.shape), blocksize=2, mode="DCR")
+    model.graph.insert_before(convolution, new.nodes)
     ir.convenience.replace_all_uses_with(out, woven)
