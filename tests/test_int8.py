@@ -13,8 +13,11 @@ from refusals import assert_refused
 import diffexport
 from diffexport.backends.torch import TorchSession
 from diffexport.engines.build import build
-from diffexport.exporter.quantize import SAMPLES, visited_states
-from diffexport.parity import psnr
+from diffexport.exporter.compose import Traced
+from diffexport.exporter.islands import network_session
+from diffexport.exporter.quantize import SAMPLES, Quantizer, visited_states
+from diffexport.exporter.trace import trace_network
+from diffexport.parity import psnr, relative_l2
 from diffexport.plan import make_plan
 from diffexport.sampler import Sampler
 from diffexport.verification import verify
@@ -136,6 +139,29 @@ def test_calibration_sees_the_states_of_the_sampler(toy):
         np.testing.assert_allclose(feed["net.x"], np.concatenate([x, x]) * row[0], rtol=1e-4, atol=1e-4)
         assert feed["net.label"].tolist() == [*labels, *[spec.null_label] * SAMPLES]
         assert set(feed["net.c_noise"]) == {np.float32(row[1])}
+
+
+def test_what_a_layer_costs_alone_is_what_a_network_with_it_alone_int8_costs(toy, tmp_path):
+    """One session switches each layer to int8; beside networks quantized by themselves, on the same states."""
+    module, spec = toy("plain")
+    plan = make_plan(spec, "dpmpp-2m", 6, 2.0)
+    feeds = visited_states(TorchSession(module, spec), spec, plan, lambda *_: None)
+    spilled = Traced(trace_network(module, spec), spec, None).spilled(tmp_path)
+    quantizer = Quantizer(spilled, tmp_path, feeds, (), lambda *_: None)
+    quantizer.measure(lambda *_: None)
+    assert {error.layer for error in quantizer.errors} == {"noise", "last"}
+    shown = [feeds[k] for k in (0, 1, 2, 4, 5)]  # of six rows, evenly; 8 samples of 72 numbers are all needed
+    expected = outputs_of(quantizer.quantized(quantizer.layers), shown)
+    for error in quantizer.errors:
+        alone = quantizer.quantized([layer for layer in quantizer.layers if layer != error.layer])
+        found = relative_l2(outputs_of(alone, shown), expected)
+        assert found > 1e-4
+        assert error.relative_l2 == pytest.approx(found, rel=1e-3)
+
+
+def outputs_of(network, feeds):
+    run = network_session(network)
+    return np.concatenate([run(feed)[0] for feed in feeds])
 
 
 def test_layers_that_cost_most_stay_fp32_until_the_budget_is_met(tmp_path):

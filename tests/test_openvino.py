@@ -8,8 +8,10 @@ import openvino
 import pytest
 from refusals import assert_refused
 
+import diffexport.backends.openvino
 import diffexport.cache
 from diffexport.backends import open_session
+from diffexport.backends.openvino import OpenVinoSession
 from diffexport.errors import BackendError
 from diffexport.golden import check_golden
 from diffexport.noise import normal
@@ -81,26 +83,60 @@ def test_parts_of_a_batch_side_by_side_are_the_batch(toy_bundle, batch):
         assert relative_l2(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_halves_of_guidance_side_by_side_are_the_guided_step(toy_bundle, batch):
-    bundle = toy_bundle("variance")
-    plan = make_plan(bundle.spec, "ddpm", 6, probe_guidance(bundle.spec))
+def end_of_run(bundle, batch, guidance, **options):
+    """The last state of a run of six rows whose conditions are computed ahead, and the graphs that ran."""
+    plan = make_plan(bundle.spec, "ddpm", 6, guidance)
     rows = plan.rows.astype(np.float32)
     x, *z = normal(0, range(batch), range(len(rows) + 1), bundle.spec.shape)
-    label = probe_labels(bundle.spec, range(batch))
-    ends = []
+    session = open_session(bundle, "openvino", **options)
+    session.begin(x, probe_labels(bundle.spec, range(batch)), rows=rows)
+    for row, noise in zip(rows, z, strict=True):
+        session.step(row, noise)
+    gc.collect()  # of the tensors that only OpenVINO still needs
+    return session.state()[0], session
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_halves_of_guidance_side_by_side_are_the_guided_step(toy_bundle, batch):
+    bundle, ends = toy_bundle("variance"), []
     for threads in (1, 2):  # one thread takes the guided step whole
-        session = open_session(bundle, "openvino", threads=threads)
-        session.begin(x, label, rows=rows)
-        for row, noise in zip(rows, z, strict=True):
-            session.step(row, noise)
-        gc.collect()
-        ends.append(session.state()[0])
+        end, session = end_of_run(bundle, batch, probe_guidance(bundle.spec), threads=threads)
+        ends.append(end)
         assert (("branch" in session._compiled), ("step_conditioned" in session._compiled)) == (
             threads == 2,
             threads == 1,
         )
     assert relative_l2(*ends) < 1e-5
+
+
+@pytest.mark.parametrize(("fits", "threads", "mode", "parts"), [
+    (0.5, 2, "latency", [1, 1, 1, 1, 1]),
+    (2, 1, "latency", [1, 2, 2]),
+    (2, 2, "latency", [1, 2, 2]),
+    (2, 2, "throughput", [1, 1, 1, 2]),
+    (5, 1, "latency", [5]),
+    (5, 2, "latency", [5]),
+    (5, 2, "throughput", [2, 3]),
+])  # fmt: skip
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_batch_in_parts_that_fit_the_caches_is_the_batch(toy_bundle, monkeypatch, fits, threads, mode, parts, guided):
+    bundle, taken = toy_bundle("variance"), []
+    guidance = probe_guidance(bundle.spec) if guided else 1.0
+    together, _ = end_of_run(bundle, 5, guidance, threads=1)
+
+    def request(self, graph, read, written):
+        taken.append((graph, read["x"].shape[0]))
+        return real(self, graph, read, written)
+
+    real = OpenVinoSession._request
+    monkeypatch.setattr(OpenVinoSession, "_request", request)
+    monkeypatch.setattr(diffexport.backends.openvino, "_CACHED", int(fits * 16 * 6 * 6))  # of the toy's first layer
+    in_parts, _ = end_of_run(bundle, 5, guidance, threads=threads, mode=mode)
+    assert relative_l2(in_parts, together) < 1e-5
+    branches = guided and threads == 2 and mode == "latency"
+    graph = "branch" if branches else "step_conditioned" if guided else "step_plain_conditioned"
+    calls = 2 * (1 + branches)  # from either buffer, and either half
+    assert sorted(size for name, size in taken if name == graph) == sorted(parts * calls)
 
 
 @pytest.mark.parametrize("backend", HOST)

@@ -21,6 +21,7 @@ from diffexport.backends.rounding import rounded
 from diffexport.bundle import Bundle
 from diffexport.comparison import compare, scope_of
 from diffexport.errors import ExportError, ParityError
+from diffexport.exporter.islands import fewest
 from diffexport.exporter.precision import KEPT_OPERATORS
 from diffexport.plan import COLUMNS
 from diffexport.schedules import DEFAULT_SCHEDULES
@@ -286,3 +287,17 @@ def test_the_command_writes_half(diffx):
     )
     assert status == 0
     assert np.isfinite(np.load("x.npz")["x"]).all()
+
+
+@pytest.mark.parametrize(("layers", "enough"), [(n, k) for n in (1, 2, 3, 7, 40) for k in range(1, n + 2)])
+def test_the_fewest_layers_that_are_enough_are_found(layers, enough):
+    """For every number that may be enough, and where all are too few; a few trials where few are enough."""
+    ranked, tried = [f"layer {k}" for k in range(layers)], []
+
+    def holds(kept):
+        tried.append(len(kept))
+        return len(kept) >= enough
+
+    assert fewest(ranked, holds, lambda *_: None) == tuple(ranked[:enough])
+    assert tried[-1] == min(enough, layers)
+    assert len(tried) <= 3 + 2 * math.log2(enough)

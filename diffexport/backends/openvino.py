@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,8 @@ Tensors = dict[str, openvino.Tensor]
 Mode = Literal["latency", "throughput"]
 _HINTS: dict[str, str] = {"fp32": "f32", "bf16": "bf16"}
 _BLOB = "compiled.blob"
+_CACHED = 1 << 20
+"""Numbers that the widest value inside a graph may have for a part of a batch; more of them leave the caches of a core."""
 
 
 def open_session(
@@ -42,8 +45,8 @@ def open_session(
         threads: threads in all; every core that this process may use where not given.
         precision: what the network's layers compute in, "fp32" or "bf16". Where not given, bf16 for a bf16 bundle on a
             processor that has it, and else fp32; the int8 layers of an int8 bundle are int8 in either.
-        mode: "latency" gives all threads to one call, or half of them to each half of guidance; "throughput" cuts a batch
-            into as many parts as there are threads and runs them side by side.
+        mode: "latency" gives all threads to one call, or half of them to each half of guidance; "throughput" runs parts of
+            a batch side by side, one on each thread. Large batches are cut into parts that fit the caches in either.
         cache: keep compiled graphs in the cache (``diffexport.cache``), from where they are mapped, not read.
 
     Raises:
@@ -100,6 +103,7 @@ class OpenVinoSession(HostSession):
             and (folder / "branch.onnx").is_file()
         )
         self._compiled: dict[str, openvino.CompiledModel] = {}
+        self._widths: dict[str, int] = {}
         self._mapped: list[NDArray[np.uint8]] = []  # what imported graphs read their weights from
 
     def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
@@ -108,7 +112,7 @@ class OpenVinoSession(HostSession):
         batch = len(read["x"])
         requests: list[openvino.InferRequest] = []
         copies: list[tuple[Array, Array]] = []  # of what a part cannot read in place: (its own, where it comes from)
-        for part in self._parts(batch):
+        for part in self._parts(batch, graph, self._settings["NUM_STREAMS"]):
             mine = {
                 name: array if name == "row" else array[part] for name, array in read.items() if name != "condition"
             }
@@ -126,19 +130,32 @@ class OpenVinoSession(HostSession):
         return call
 
     def _prepare_branches(self, read: Arrays, written: Arrays) -> Call:
-        """A guided step whose two halves run side by side, so that cores share no operator and wait for each other once."""
-        shape = openvino.Shape([len(read["x"]), *self._spec.output_shape])
-        branches = {name: openvino.Tensor(openvino.Type.f32, shape) for name in ("cond", "uncond")}
-        halves = zip(branches.values(), np.split(read["condition"], 2), strict=True)
-        tensors = _in_place(read)
-        requests = [
-            self._request("branch", tensors | _in_place({"condition": part}), {"out": out}) for out, part in halves
-        ]
-        update = self._request("update", tensors | branches, _in_place(written))
+        """A guided step whose two halves run side by side, so that cores share no operator and wait for each other once.
+
+        The parts of a batch follow each other, so that both cores read the same weights at a time.
+        """
+        pairs: list[list[openvino.InferRequest]] = []
+        updates: list[openvino.InferRequest] = []
+        halves = np.split(read["condition"], 2)
+        for part in self._parts(len(read["x"]), "branch"):
+            mine = _in_place(
+                {name: array if name == "row" else array[part] for name, array in read.items() if name != "condition"}
+            )
+            shape = openvino.Shape([part.stop - part.start, *self._spec.output_shape])
+            outs = {name: openvino.Tensor(openvino.Type.f32, shape) for name in ("cond", "uncond")}
+            pairs.append(
+                [
+                    self._request("branch", mine | _in_place({"condition": half[part]}), {"out": out})
+                    for half, out in zip(halves, outs.values(), strict=True)
+                ]
+            )
+            there = _in_place({name: array[part] for name, array in written.items()})
+            updates.append(self._request("update", mine | outs, there))
 
         def call() -> None:
-            _run_side_by_side(requests)
-            update.infer()
+            for pair in pairs:
+                _run_side_by_side(pair)
+            _run_side_by_side(updates)
 
         return call
 
@@ -162,11 +179,26 @@ class OpenVinoSession(HostSession):
         self._compiled.clear()
         self._mapped.clear()
 
-    def _parts(self, batch: int) -> list[slice]:
-        """A batch in nearly equal parts, one a stream; none is empty."""
-        count = min(batch, self._settings["NUM_STREAMS"])
+    def _parts(self, batch: int, graph: str, streams: int = 1) -> list[slice]:
+        """A batch in nearly equal parts for a graph: one a stream, or as many times that as let a part fit the caches."""
+        most = max(1, _CACHED // self._widest(graph)) if batch > streams else batch
+        count = min(batch, streams * -(-batch // (streams * most)))
         bounds = [batch * k // count for k in range(count + 1)]
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
+
+    def _widest(self, graph: str) -> int:
+        """The numbers of one sample that the largest value inside a graph has."""
+        if graph not in self._widths:
+            shapes = [
+                output.get_partial_shape()
+                for node in self._graph(graph).get_runtime_model().get_ops()
+                for output in node.outputs()
+            ]
+            inside = [shape[1:] for shape in shapes if shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic]
+            self._widths[graph] = max(
+                math.prod(side.get_length() for side in sides) for sides in inside if all(s.is_static for s in sides)
+            )
+        return self._widths[graph]
 
     def _graph(self, name: str) -> openvino.CompiledModel:
         if name not in self._compiled:

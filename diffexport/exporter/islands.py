@@ -67,7 +67,7 @@ class Coarsening(Protocol):
 def fewest_kept(coarsening: Coarsening, holds: Callable[[Sequence[str]], bool], progress: Progress) -> tuple[str, ...]:
     """The layers to keep in fp32 so that a bundle holds; where nothing holds, the ones tried last.
 
-    Where no guess is enough, the costliest layers are kept beside the last one, as many as are needed, found by bisection.
+    Where no guess is enough, the costliest layers are kept beside the last one, as many as are needed; see ``fewest``.
     A decoder, which is kept whole or not at all, is made coarser again where the bundle holds all the same.
 
     Args:
@@ -169,17 +169,26 @@ class Halving:
 def fewest(ranked: Sequence[str], holds: Callable[[Sequence[str]], bool], progress: Progress) -> tuple[str, ...]:
     """The fewest layers from the front of a list, at least one, so that ``holds``; all of them where nothing less does.
 
+    Twice as many are tried each time until they are enough, since few usually are, and then numbers between by bisection.
     The last call of ``holds`` is made with what is returned.
     """
-    low, high = 1, len(ranked)  # fewer than `low` layers are too few; `high` are enough, if all of them are
-    tried: int | None = None
+    tried = 0
+
+    def enough(count: int) -> bool:
+        nonlocal tried
+        tried = count
+        progress(f"keeping {count} layers more in fp32", count / len(ranked))
+        return holds(ranked[:count])
+
+    low, high = 1, 1  # fewer than `low` layers are too few; `high` are enough, if all of them are
+    while high < len(ranked) and not enough(high):
+        low, high = high + 1, min(2 * high, len(ranked))
     while low < high:
-        tried = (low + high) // 2
-        progress(f"keeping {tried} layers more in fp32", tried / len(ranked))
-        if holds(ranked[:tried]):
-            high = tried
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
         else:
-            low = tried + 1
+            low = middle + 1
     if tried != high:
         holds(ranked[:high])
     return tuple(ranked[:high])

@@ -41,10 +41,13 @@ if TYPE_CHECKING:
 SAMPLES = 8
 """Runs whose states calibrate; a conditional network sees each state with its label and without."""
 
-JUDGED_ROWS, JUDGED_SAMPLES = 5, 2
-"""Part of these states that the error of a single layer is measured on, from all parts of the run."""
+JUDGED_ROWS, JUDGED_NUMBERS = 5, 10_000
+"""Of these states, those that the error of a single layer is measured on: rows from all parts of the run, and in each as
+many samples as make so many numbers of output."""
 
 QUANTIZED = ("Conv", "MatMul")
+
+_SWITCHES = "net.int8"
 
 _OPTIONS = {
     "ActivationSymmetric": True,
@@ -162,23 +165,64 @@ class Quantizer:
         from diffexport.exporter.islands import network_session
 
         picked = [self.feeds[round(k)] for k in np.linspace(0, len(self.feeds) - 1, JUDGED_ROWS)]
-        shown = [{name: _some(array) for name, array in feed.items()} for feed in picked]
+        numbers = sum(feed["net.x"].size for feed in picked) // SAMPLES
+        samples = min(SAMPLES, -(-JUDGED_NUMBERS // numbers))
+        shown = {name: np.concatenate([_some(feed[name], samples) for feed in picked]) for name in self.feeds[0]}
+        run = network_session(self._switched())
+        layers = self.layers
 
-        def outputs(kept: list[str]) -> np.ndarray[Any, Any]:
-            run = network_session(self.quantized(kept))
-            return np.concatenate([run(feed)[0] for feed in shown])
+        def output(int8: str | None) -> np.ndarray[Any, Any]:
+            found: np.ndarray[Any, Any] = run(shown | {_SWITCHES: np.array([layer == int8 for layer in layers])})[0]
+            return found
 
-        expected, errors = outputs(self.layers), []
-        for index, layer in enumerate(self.layers):
-            progress(f"int8 of {layer} alone", index / len(self.layers))
-            found = outputs([other for other in self.layers if other != layer])
-            errors.append(LayerError(layer=layer, relative_l2=relative_l2(found, expected), kept=False))
+        expected, errors = output(None), []
+        for index, layer in enumerate(layers):
+            progress(f"int8 of {layer} alone", index / len(layers))
+            errors.append(LayerError(layer=layer, relative_l2=relative_l2(output(layer), expected), kept=False))
         self.errors = sorted(errors, key=lambda entry: -entry.relative_l2)
 
+    def _switched(self) -> onnx_ir.Model:
+        """The fp32 network with one more input, a bool for each layer: whether what its products read is rounded to int8.
 
-def _some(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        One session of it measures every layer; quantizing the network anew for each takes longer than running it.
+        """
+        import onnx_ir as ir
+
+        quantized = {str(node.name): node for node in self.quantized().graph}
+        network: onnx_ir.Model = ir.from_proto(self.model)
+        graph, count = network.graph, len(self.nodes)
+        switches = ir.Value(name=_SWITCHES, shape=ir.Shape([count]), type=ir.TensorType(ir.DataType.BOOL))
+        graph.inputs.append(switches)
+        split = ir.node("Split", [switches], {"axis": 0, "num_outputs": count}, num_outputs=count)
+        graph.insert_before(graph[0], split)
+        products = {str(node.name): node for node in graph}
+        for switch, names in zip(split.outputs, self.nodes.values(), strict=True):
+            for name in names:
+                for place, value in enumerate(products[name].inputs[:2]):
+                    assert value is not None
+                    nodes = _rounding(value, quantized[name].inputs[place])
+                    nodes.append(ir.node("Where", [switch, nodes[-1].outputs[0], value]))
+                    graph.insert_before(products[name], nodes)
+                    products[name].replace_input_with(place, nodes[-1].outputs[0])
+        return network
+
+
+def _rounding(value: onnx_ir.Value, rounded: onnx_ir.Value | None) -> list[onnx_ir.Node]:
+    """Nodes that round a value as a DequantizeLinear of another graph rounds it: with its scale, zero point and axis."""
+    import onnx_ir as ir
+
+    told = rounded.producer() if rounded is not None else None
+    assert told is not None
+    known = [ir.node("Constant", [], {"value": each.const_value}) for each in told.inputs[1:] if each is not None]
+    scale, zero = (node.outputs[0] for node in known)
+    axis = {name: attribute.value for name, attribute in told.attributes.items()}
+    quantize = ir.node("QuantizeLinear", [value, scale, zero], axis)
+    return [*known, quantize, ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], axis)]
+
+
+def _some(array: np.ndarray[Any, Any], samples: int) -> np.ndarray[Any, Any]:
     """The first samples of each half."""
-    halves = array.reshape(-1, SAMPLES, *array.shape[1:])[:, :JUDGED_SAMPLES]
+    halves = array.reshape(-1, SAMPLES, *array.shape[1:])[:, :samples]
     return halves.reshape(-1, *array.shape[1:])
 
 
