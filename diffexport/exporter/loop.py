@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffexport.exporter.graphs import GraphBuilder, apply_decoder, apply_row, tensor
+from diffexport.exporter.builder import GraphBuilder, tensor
+from diffexport.exporter.graphs import apply_decoder, apply_row
 from diffexport.exporter.trace import BATCH
 from diffexport.plan import COLUMNS, GUIDANCE
 from diffexport.spec import DecoderSpec, ModelSpec
