@@ -22,7 +22,8 @@ from diffexport.backends import onnxruntime as ort
 from diffexport.bundle import CERTIFICATE, GOLDEN, MANIFEST, PLANS, WEIGHTS, Bundle, read_tensors, write_tensors
 from diffexport.engines.build import build
 from diffexport.errors import ParityError
-from diffexport.exporter import builder, compose, graphs, trace
+from diffexport.exporter import compose, graphs, trace
+from diffexport.exporter.builder import GraphBuilder
 from diffexport.verification import verify
 from diffexport_reference.dit import DiT
 from diffexport_reference.model import CondEmbedderLabel
@@ -34,12 +35,12 @@ def builder(change):
     """Every operator that the exporter puts around a network goes through ``change(builder, honest, kind, ...)``."""
 
     def plant(patch):
-        honest = builder.GraphBuilder.op
+        honest = GraphBuilder.op
 
         def op(self, kind, *inputs, **rest):
             return change(self, lambda *words, **more: honest(self, *words, **more), kind, *inputs, **rest)
 
-        patch.setattr(builder.GraphBuilder, "op", op)
+        patch.setattr(GraphBuilder, "op", op)
 
     return plant
 
@@ -48,13 +49,13 @@ def adding(change):
     """Every operator with named outputs goes through ``change(kind, inputs, attributes)``, which alters these."""
 
     def plant(patch):
-        honest = builder.GraphBuilder.add
+        honest = GraphBuilder.add
 
         def add(self, kind, inputs, outputs, **attributes):
             change(self, kind, inputs, attributes)
             honest(self, kind, inputs, outputs, **attributes)
 
-        patch.setattr(builder.GraphBuilder, "add", add)
+        patch.setattr(GraphBuilder, "add", add)
 
     return plant
 
@@ -137,12 +138,12 @@ def _variance_upside_down(b, op, kind, *inputs, **rest):
 
 
 def _null_label_is_the_last_class(patch):
-    honest = builder.GraphBuilder.constant
+    honest = GraphBuilder.constant
 
     def constant(self, value, dtype=np.float32):
         return honest(self, [4] if dtype is np.int64 and np.array_equal(value, [5]) else value, dtype)
 
-    patch.setattr(builder.GraphBuilder, "constant", constant)
+    patch.setattr(GraphBuilder, "constant", constant)
 
 
 def _one_row_less(self, kind, inputs, attributes):
