@@ -120,6 +120,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Layers of a half or int8 bundle that were kept fp32 beyond what is kept in every model."""
     parameters: int
     max_batch: int
+    widest: int | None = None
+    """Numbers of one sample in the largest value inside the network, by which CPUs cut large batches; None if unknown."""
     defaults: Defaults
     source: str
     """sha256 over the names and values of the weights that were exported."""
@@ -134,6 +136,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise SpecError(f"name {self.name!r}: expected a plain file name")
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise SpecError(f"max_batch {self.max_batch}: expected 1..{MAX_BATCH}")
+        if self.widest is not None and self.widest < 1:
+            raise SpecError(f"widest {self.widest}: expected at least 1")
 
     @property
     def graphs(self) -> tuple[str, ...]:

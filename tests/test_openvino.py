@@ -8,10 +8,8 @@ import openvino
 import pytest
 from refusals import assert_refused
 
-import diffexport.backends.openvino
 import diffexport.cache
-from diffexport.backends import open_session
-from diffexport.backends.openvino import OpenVinoSession
+from diffexport.backends import host, open_session
 from diffexport.errors import BackendError
 from diffexport.golden import check_golden
 from diffexport.noise import normal
@@ -83,12 +81,12 @@ def test_parts_of_a_batch_side_by_side_are_the_batch(toy_bundle, batch):
         assert relative_l2(found, expected) < 1e-6
 
 
-def end_of_run(bundle, batch, guidance, **options):
-    """The last state of a run of six rows whose conditions are computed ahead, and the graphs that ran."""
+def end_of_run(bundle, batch, guidance, backend="openvino", **options):
+    """The last state of a run of six rows whose conditions are computed ahead, and the session."""
     plan = make_plan(bundle.spec, "ddpm", 6, guidance)
     rows = plan.rows.astype(np.float32)
     x, *z = normal(0, range(batch), range(len(rows) + 1), bundle.spec.shape)
-    session = open_session(bundle, "openvino", **options)
+    session = open_session(bundle, backend, **options)
     session.begin(x, probe_labels(bundle.spec, range(batch)), rows=rows)
     for row, noise in zip(rows, z, strict=True):
         session.step(row, noise)
@@ -109,34 +107,33 @@ def test_the_halves_of_guidance_side_by_side_are_the_guided_step(toy_bundle, bat
     assert relative_l2(*ends) < 1e-5
 
 
-@pytest.mark.parametrize(("fits", "threads", "mode", "parts"), [
-    (0.5, 2, "latency", [1, 1, 1, 1, 1]),
-    (2, 1, "latency", [1, 2, 2]),
-    (2, 2, "latency", [1, 2, 2]),
-    (2, 2, "throughput", [1, 1, 1, 2]),
-    (5, 1, "latency", [5]),
-    (5, 2, "latency", [5]),
-    (5, 2, "throughput", [2, 3]),
+@pytest.mark.parametrize(("fits", "backend", "options", "parts"), [
+    (0.5, "openvino", {"threads": 2}, [1, 1, 1, 1, 1]),
+    (2, "openvino", {"threads": 1}, [1, 2, 2]),
+    (2, "openvino", {"threads": 2}, [1, 2, 2]),
+    (2, "openvino", {"threads": 2, "mode": "throughput"}, [1, 1, 1, 2]),
+    (2, "ort", {}, [1, 2, 2]),
+    (5, "openvino", {"threads": 2}, [5]),
+    (5, "openvino", {"threads": 2, "mode": "throughput"}, [2, 3]),
+    (5, "ort", {}, [5]),
 ])  # fmt: skip
-@pytest.mark.parametrize("guided", [True, False])
-def test_a_batch_in_parts_that_fit_the_caches_is_the_batch(toy_bundle, monkeypatch, fits, threads, mode, parts, guided):
-    bundle, taken = toy_bundle("variance"), []
-    guidance = probe_guidance(bundle.spec) if guided else 1.0
-    together, _ = end_of_run(bundle, 5, guidance, threads=1)
-
-    def request(self, graph, read, written):
-        taken.append((graph, read["x"].shape[0]))
-        return real(self, graph, read, written)
-
-    real = OpenVinoSession._request
-    monkeypatch.setattr(OpenVinoSession, "_request", request)
-    monkeypatch.setattr(diffexport.backends.openvino, "_CACHED", int(fits * 16 * 6 * 6))  # of the toy's first layer
-    in_parts, _ = end_of_run(bundle, 5, guidance, threads=threads, mode=mode)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_batch_in_parts_that_fit_the_caches_is_the_batch(
+    toy_bundle, monkeypatch, fits, backend, options, parts, guidance
+):
+    bundle = toy_bundle("variance")
+    monkeypatch.setattr(host, "CACHED", int(fits * bundle.manifest.widest))
+    in_parts, session = end_of_run(bundle, 5, guidance, backend, **options)
+    assert [read["x"].shape[0] for read, _ in session._state.arrays("step", 0)] == parts
+    monkeypatch.setattr(host, "CACHED", 1 << 20)
+    together, session = end_of_run(bundle, 5, guidance, "ort")
+    assert len(session._state.parts) == 1
     assert relative_l2(in_parts, together) < 1e-5
-    branches = guided and threads == 2 and mode == "latency"
-    graph = "branch" if branches else "step_conditioned" if guided else "step_plain_conditioned"
-    calls = 2 * (1 + branches)  # from either buffer, and either half
-    assert sorted(size for name, size in taken if name == graph) == sorted(parts * calls)
+
+
+def test_the_widest_value_of_a_network_is_in_the_manifest(toy_bundle):
+    """16 channels of 6x6, after the first convolution of the toy."""
+    assert toy_bundle("variance").manifest.widest == 16 * 6 * 6
 
 
 @pytest.mark.parametrize("backend", HOST)

@@ -40,7 +40,7 @@ class Conditions:
         self._spec = spec
         self._noises = _noises(rows)
         self._labels = np.unique(self._both(label))
-        self._places = np.searchsorted(self._labels, self._both(label))  # (2B,) or (B,)
+        self._places = self._places_of(label)
         first = self._noises[0]
         self._known = {first: self._computed([first])[0]}
         self.width = self._known[first].shape[1]
@@ -50,15 +50,18 @@ class Conditions:
         both = self._both(label)
         if _noises(rows) != self._noises or not np.isin(both, self._labels).all():
             return False
-        self._places = np.searchsorted(self._labels, both)
+        self._places = self._places_of(label)
         return True
 
-    def fill(self, row: Array, out: Array) -> None:
-        """Write the condition of one of the rows: (2B, K) with guidance, the conditioned half first, (B, K) without."""
+    def fill(self, row: Array, parts: Sequence[tuple[slice, Array]]) -> None:
+        """Write the conditions of one of the rows: for each part of b samples of the batch, (2b, K) with guidance, the
+        conditioned half first, (b, K) without."""
         noise = float(row[_C_NOISE])
         if noise not in self._known:
             self._compute_from(noise)
-        np.take(self._known[noise], self._places[: len(out)], axis=0, out=out)
+        for part, out in parts:
+            halves = len(out) // (part.stop - part.start)
+            np.take(self._known[noise], self._places[:halves, part].ravel(), axis=0, out=out)
 
     def _compute_from(self, noise: float) -> None:
         """Compute the condition of a noise level and of as many after it as may be kept at once."""
@@ -76,6 +79,10 @@ class Conditions:
             feeds["label"] = np.tile(self._labels, len(noises))
         (found,) = self._run("conditioning", feeds, ["condition"])
         return found.reshape(len(noises), len(self._labels), -1)
+
+    def _places_of(self, label: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Where the labels of either half are among those known, (2, B) or (1, B)."""
+        return np.searchsorted(self._labels, self._both(label)).reshape(-1, len(label))
 
     def _both(self, label: NDArray[np.int64]) -> NDArray[np.int64]:
         """The labels of what the network sees: those of the batch, and where it can be guided as many null labels."""

@@ -1,11 +1,13 @@
 """What the sessions of runtimes that work on host memory share.
 
 The state lies in two buffers each of x and h, which a runtime reads and writes in turn by itself, so that nothing is
-allocated or copied in the loop.
+allocated or copied in the loop. A large batch is stepped in parts, so that what lies between a network's layers stays in a
+processor's caches: 16 samples of a DiT-S/2 at once take up to a quarter longer each.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,49 +26,67 @@ Arrays = dict[str, NDArray[Any]]
 Call = Callable[[], object]
 """One run of a graph on the arrays it was prepared for."""
 
+CACHED = 1 << 20
+"""Numbers that the largest value inside a network may have in a part of a batch, where one sample has not more."""
+
 
 class _State:
-    """Buffers of one batch size, and the calls of each graph that has run on them."""
+    """Buffers of one batch size, its parts, and the calls of each graph that has run on them."""
 
-    def __init__(self, spec: ModelSpec, batch: int) -> None:
+    def __init__(self, spec: ModelSpec, parts: Sequence[slice]) -> None:
+        batch = parts[-1].stop
         shape = (batch, *spec.shape)
+        self.parts = parts
         self.x = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]  # the current one and the next
         self.h = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
         self.z = np.zeros(shape, np.float32)
         self.label = np.zeros(batch, np.int64)
         self.row = np.zeros(len(COLUMNS), np.float32)
-        self.conditions: dict[str, Array] = {}
+        self.conditions: dict[str, list[tuple[slice, Array]]] = {}  # of a graph, for each part
         self.calls: dict[str, tuple[Call, Call]] = {}
         self.current = 0
 
-    def arrays(self, graph: str, source: int) -> tuple[Arrays, Arrays]:
-        """What a step graph reads and writes, by name, from buffer ``source`` to the other."""
-        read: Arrays = {"x": self.x[source], "h": self.h[source], "z": self.z, "label": self.label, "row": self.row}
-        if graph in self.conditions:
-            read["condition"] = self.conditions[graph]
-        return read, {"x_next": self.x[1 - source], "h_next": self.h[1 - source]}
+    def arrays(self, graph: str, source: int) -> list[tuple[Arrays, Arrays]]:
+        """What a step graph reads and writes for each part, by name, from buffer ``source`` to the other."""
+        found = []
+        for index, part in enumerate(self.parts):
+            read: Arrays = {
+                name: array[part]
+                for name, array in {"x": self.x[source], "h": self.h[source], "z": self.z, "label": self.label}.items()
+            }
+            read["row"] = self.row
+            if graph in self.conditions:
+                read["condition"] = self.conditions[graph][index][1]
+            found.append((read, {"x_next": self.x[1 - source][part], "h_next": self.h[1 - source][part]}))
+        return found
 
 
 class HostSession(ABC):
     """The graphs of a bundle on host memory; see ``Session``. A runtime says how it prepares a call and runs one.
 
     Where the bundle has conditioned graphs and the rows of a run are known, these are what steps run.
+
+    Args:
+        widest: see ``diffexport.bundle.Manifest``; no batch is cut where it is None.
+        streams: parts of a batch that run at the same time.
     """
 
     backend: str
     device = "CPU"
     max_batch: int | None = None
 
-    def __init__(self, spec: ModelSpec, folder: Path) -> None:
+    def __init__(self, spec: ModelSpec, folder: Path, widest: int | None = None, streams: int = 1) -> None:
         self._spec = spec
         self._folder = folder
+        self._most = max(1, CACHED // widest) if widest is not None else None
+        self._streams = streams
         self._conditions: Conditions | None = None
         self._computes_ahead = (folder / "conditioning.onnx").is_file()
         self._state: _State | None = None
 
     @abstractmethod
-    def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
-        """A call of a graph that reads and writes these arrays in place; a graph need not have all of the inputs."""
+    def _prepare(self, graph: str, parts: Sequence[tuple[Arrays, Arrays]]) -> Call:
+        """A call of a graph that reads and writes the arrays of each part in place; it need not have all of the inputs."""
 
     @abstractmethod
     def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
@@ -77,7 +97,7 @@ class HostSession(ABC):
     ) -> None:
         state = self._state
         if state is None or len(state.label) != len(x):
-            state = self._state = _State(self._spec, len(x))
+            state = self._state = _State(self._spec, self._parts(len(x)))
         state.current = 0
         state.x[0][:] = x
         state.h[0][:] = 0 if h is None else h
@@ -94,8 +114,10 @@ class HostSession(ABC):
         if self._conditions is not None:
             graph += "_conditioned"
             if graph not in state.conditions:
-                halves = 1 if row[GUIDANCE] == 1 else 2
-                state.conditions[graph] = np.zeros((halves * len(state.label), self._conditions.width), np.float32)
+                halves, width = 1 if row[GUIDANCE] == 1 else 2, self._conditions.width
+                state.conditions[graph] = [
+                    (part, np.zeros((halves * (part.stop - part.start), width), np.float32)) for part in state.parts
+                ]
             self._conditions.fill(row, state.conditions[graph])
         state.row[:] = row
         if row[NOISE] != 0:
@@ -103,7 +125,7 @@ class HostSession(ABC):
             state.z[:] = z
         try:
             if graph not in state.calls:
-                there, back = (self._prepare(graph, *state.arrays(graph, source)) for source in (0, 1))
+                there, back = (self._prepare(graph, state.arrays(graph, source)) for source in (0, 1))
                 state.calls[graph] = there, back
             state.calls[graph][state.current]()
         except Exception as error:
@@ -128,6 +150,13 @@ class HostSession(ABC):
 
     def close(self) -> None:
         self._state = None
+
+    def _parts(self, batch: int) -> list[slice]:
+        """A batch in nearly equal parts: one a stream, or as many times that as let a part fit the caches."""
+        streams = min(batch, self._streams)
+        count = min(batch, streams * -(-batch // (streams * (self._most or batch))))
+        bounds = [batch * k // count for k in range(count + 1)]
+        return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
     def _forget_calls(self) -> None:
         """Let go of every prepared call, and so of the graphs that they run."""

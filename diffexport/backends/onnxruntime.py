@@ -7,7 +7,6 @@ time: a process never holds them twice.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -51,7 +50,8 @@ def open_session(bundle: Bundle, *, threads: int | None = None, cache: bool = Tr
     """
     rounded = bundle.manifest.precision == "bf16"
     digest = bundle.digest if cache else None
-    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads, digest=digest, rounded=rounded)
+    widest = bundle.manifest.widest
+    return OnnxRuntimeSession(bundle.spec, bundle.path, threads=threads, digest=digest, rounded=rounded, widest=widest)
 
 
 def load_graph(path: Path, threads: int | None = None, *, rounded: bool = False) -> onnxruntime.InferenceSession:
@@ -174,6 +174,7 @@ class OnnxRuntimeSession(HostSession):
 
     Args:
         digest: of the bundle, under which optimized graphs are cached; None for no cache.
+        widest: see ``HostSession``.
         takes_turns: open one graph at a time of smaller weights too, and compute conditions ahead of any: slow in a loop.
     """
 
@@ -188,8 +189,9 @@ class OnnxRuntimeSession(HostSession):
         digest: str | None = None,
         rounded: bool = False,
         takes_turns: bool = False,
+        widest: int | None = None,
     ) -> None:
-        super().__init__(spec, folder)
+        super().__init__(spec, folder, widest)
         self._computes_ahead &= takes_turns or not _is_large(folder)
         self._one_at_a_time = _is_large(folder, SMALL if takes_turns else LARGE)
         self._threads = threads
@@ -197,15 +199,15 @@ class OnnxRuntimeSession(HostSession):
         self._rounded = rounded
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
-    def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
+    def _prepare(self, graph: str, parts: Sequence[tuple[Arrays, Arrays]]) -> Call:
         session = self._session(graph)
-        binding = session.io_binding()
-        for node in session.get_inputs():
-            array = read[node.name]
-            binding.bind_input(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name, array in written.items():
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return functools.partial(session.run_with_iobinding, binding)
+        bindings = [_bound(session, read, written) for read, written in parts]
+
+        def call() -> None:
+            for binding in bindings:
+                session.run_with_iobinding(binding)
+
+        return call
 
     def _run(self, graph: str, feeds: Arrays, wanted: Sequence[str]) -> list[Array]:
         return cast(list[Array], self._session(graph).run(wanted, feeds))
@@ -226,6 +228,16 @@ class OnnxRuntimeSession(HostSession):
                 key = key_of(self._digest, name, onnxruntime.__version__, processor(), f"align {_ALIGN}")
                 self._sessions[name] = _load_optimized(path, self._threads, self._rounded, key)
         return self._sessions[name]
+
+
+def _bound(session: onnxruntime.InferenceSession, read: Arrays, written: Arrays) -> onnxruntime.IOBinding:
+    binding = session.io_binding()
+    for node in session.get_inputs():
+        array = read[node.name]
+        binding.bind_input(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    for name, array in written.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    return binding
 
 
 def run_graph(path: Path, feeds: dict[str, NDArray[Any]], *, rounded: bool = False) -> dict[str, NDArray[Any]]:

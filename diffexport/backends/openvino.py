@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +26,6 @@ Tensors = dict[str, openvino.Tensor]
 Mode = Literal["latency", "throughput"]
 _HINTS: dict[str, str] = {"fp32": "f32", "bf16": "bf16"}
 _BLOB = "compiled.blob"
-_CACHED = 1 << 20
-"""Numbers that the widest value inside a graph may have for a part of a batch; more of them leave the caches of a core."""
 
 
 def open_session(
@@ -69,7 +66,8 @@ def open_session(
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": threads if mode == "throughput" else 1,
     }
-    return OpenVinoSession(bundle.spec, bundle.path, core, settings, bundle.digest if cache else None)
+    digest = bundle.digest if cache else None
+    return OpenVinoSession(bundle.spec, bundle.path, core, settings, digest, bundle.manifest.widest)
 
 
 def _has_bf16(core: openvino.Core) -> bool:
@@ -86,14 +84,21 @@ class OpenVinoSession(HostSession):
     Args:
         settings: of every compiled graph.
         digest: of the bundle, under which compiled graphs are cached; None for no cache.
+        widest: see ``HostSession``.
     """
 
     backend = "openvino"
 
     def __init__(
-        self, spec: ModelSpec, folder: Path, core: openvino.Core, settings: dict[str, Any], digest: str | None = None
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        core: openvino.Core,
+        settings: dict[str, Any],
+        digest: str | None = None,
+        widest: int | None = None,
     ) -> None:
-        super().__init__(spec, folder)
+        super().__init__(spec, folder, widest, settings["NUM_STREAMS"])
         self._core = core
         self._settings = settings
         self._digest = digest
@@ -103,54 +108,33 @@ class OpenVinoSession(HostSession):
             and (folder / "branch.onnx").is_file()
         )
         self._compiled: dict[str, openvino.CompiledModel] = {}
-        self._widths: dict[str, int] = {}
         self._mapped: list[NDArray[np.uint8]] = []  # what imported graphs read their weights from
 
-    def _prepare(self, graph: str, read: Arrays, written: Arrays) -> Call:
+    def _prepare(self, graph: str, parts: Sequence[tuple[Arrays, Arrays]]) -> Call:
         if graph == "step_conditioned" and self._takes_branches:
-            return self._prepare_branches(read, written)
-        batch = len(read["x"])
-        requests: list[openvino.InferRequest] = []
-        copies: list[tuple[Array, Array]] = []  # of what a part cannot read in place: (its own, where it comes from)
-        for part in self._parts(batch, graph, self._settings["NUM_STREAMS"]):
-            mine = {
-                name: array if name == "row" else array[part] for name, array in read.items() if name != "condition"
-            }
-            if "condition" in read:
-                both = read["condition"].reshape(-1, batch, read["condition"].shape[1])
-                mine["condition"] = _of_both_halves(both[:, part], copies)
-            there = {name: array[part] for name, array in written.items()}
-            requests.append(self._request(graph, _in_place(mine), _in_place(there)))
+            return self._prepare_branches(parts)
+        requests = [self._request(graph, _in_place(read), _in_place(written)) for read, written in parts]
+        return functools.partial(_run_side_by_side, requests)
 
-        def call() -> None:
-            for own, source in copies:
-                own[:] = source
-            _run_side_by_side(requests)
-
-        return call
-
-    def _prepare_branches(self, read: Arrays, written: Arrays) -> Call:
+    def _prepare_branches(self, parts: Sequence[tuple[Arrays, Arrays]]) -> Call:
         """A guided step whose two halves run side by side, so that cores share no operator and wait for each other once.
 
-        The parts of a batch follow each other, so that both cores read the same weights at a time.
+        Parts follow each other, so that both cores read the same weights at a time.
         """
         pairs: list[list[openvino.InferRequest]] = []
         updates: list[openvino.InferRequest] = []
-        halves = np.split(read["condition"], 2)
-        for part in self._parts(len(read["x"]), "branch"):
-            mine = _in_place(
-                {name: array if name == "row" else array[part] for name, array in read.items() if name != "condition"}
-            )
-            shape = openvino.Shape([part.stop - part.start, *self._spec.output_shape])
+        for read, written in parts:
+            shape = openvino.Shape([len(read["x"]), *self._spec.output_shape])
             outs = {name: openvino.Tensor(openvino.Type.f32, shape) for name in ("cond", "uncond")}
+            halves = zip(outs.values(), np.split(read["condition"], 2), strict=True)
+            tensors = _in_place(read)
             pairs.append(
                 [
-                    self._request("branch", mine | _in_place({"condition": half[part]}), {"out": out})
-                    for half, out in zip(halves, outs.values(), strict=True)
+                    self._request("branch", tensors | _in_place({"condition": half}), {"out": out})
+                    for out, half in halves
                 ]
             )
-            there = _in_place({name: array[part] for name, array in written.items()})
-            updates.append(self._request("update", mine | outs, there))
+            updates.append(self._request("update", tensors | outs, _in_place(written)))
 
         def call() -> None:
             for pair in pairs:
@@ -178,27 +162,6 @@ class OpenVinoSession(HostSession):
         super().close()
         self._compiled.clear()
         self._mapped.clear()
-
-    def _parts(self, batch: int, graph: str, streams: int = 1) -> list[slice]:
-        """A batch in nearly equal parts for a graph: one a stream, or as many times that as let a part fit the caches."""
-        most = max(1, _CACHED // self._widest(graph)) if batch > streams else batch
-        count = min(batch, streams * -(-batch // (streams * most)))
-        bounds = [batch * k // count for k in range(count + 1)]
-        return [slice(low, high) for low, high in itertools.pairwise(bounds)]
-
-    def _widest(self, graph: str) -> int:
-        """The numbers of one sample that the largest value inside a graph has."""
-        if graph not in self._widths:
-            shapes = [
-                output.get_partial_shape()
-                for node in self._graph(graph).get_runtime_model().get_ops()
-                for output in node.outputs()
-            ]
-            inside = [shape[1:] for shape in shapes if shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic]
-            self._widths[graph] = max(
-                math.prod(side.get_length() for side in sides) for sides in inside if all(s.is_static for s in sides)
-            )
-        return self._widths[graph]
 
     def _graph(self, name: str) -> openvino.CompiledModel:
         if name not in self._compiled:
@@ -242,15 +205,6 @@ def _run_side_by_side(requests: Sequence[openvino.InferRequest]) -> None:
         request.start_async()
     for request in requests:
         request.wait()
-
-
-def _of_both_halves(condition: Array, copies: list[tuple[Array, Array]]) -> Array:
-    """A part's condition (halves, b, K) as (halves*b, K): itself, or an array of its own that is to be filled."""
-    if not condition.flags.c_contiguous:
-        own = np.zeros(condition.shape, condition.dtype)
-        copies.append((own, condition))
-        condition = own
-    return condition.reshape(-1, condition.shape[2])
 
 
 def _name(port: Any, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,17 @@ class Traced:
             for model in (self.network, *([self.decoder[0]] if self.decoder is not None else [])):
                 lower(model, precision, keep)
         return self
+
+    @property
+    def widest(self) -> int | None:
+        """Numbers of one sample in the largest value inside the network, where shapes are known."""
+        shapes = [value.shape for node in self.network.graph for value in node.outputs if value.shape is not None]
+        sizes = [
+            math.prod(side for side in shape[1:] if isinstance(side, int))
+            for shape in shapes
+            if len(shape) > 0 and not isinstance(shape[0], int) and all(isinstance(side, int) for side in shape[1:])
+        ]
+        return max(sizes, default=None)
 
     @property
     def layers(self) -> list[str]:

@@ -178,6 +178,7 @@ def export(
             keep_fp32=keep,
             parameters=parameters_of(module),
             max_batch=max_batch,
+            widest=attempts.widest,
             defaults=defaults,
             source=weights_digest(module),
             files={name: entry_of(work / name) for name in listed},
@@ -195,9 +196,11 @@ class _Attempts:
     """Graphs in one folder, one attempt after the other, each compared with PyTorch.
 
     Attributes:
+        widest: of the network; see ``Manifest``.
         graphs, certificate: of the last one.
     """
 
+    widest: int | None
     graphs: list[str]
     certificate: Certificate
 
@@ -208,6 +211,7 @@ class _Attempts:
         """Write what was traced, which is used up, and compare it."""
         from diffexport.exporter.compose import write_graphs
 
+        self.widest = traced.widest
         self.graphs = write_graphs(traced, self._work, self._certifier.precision)
         self.certificate = self._certifier.certify(self._work)
         return self.certificate
