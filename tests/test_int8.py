@@ -90,10 +90,24 @@ def test_graphs_hold_what_tensorrt_takes(int8_bundle, name, graph):
             assert made[before.input[0]].op_type == "QuantizeLinear"
             assert scales.shape == (channels,)
     for node in made.values():
+        rounds = [name for name in node.input if name in made and made[name].op_type == "DequantizeLinear"]
+        assert not rounds or node.name in int8, "what is beside a product reads values as they were"
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             zero = weights[node.input[2]]
             assert zero.data_type == onnx.TensorProto.INT8
             assert not numpy_helper.to_array(zero).any()
+
+
+def test_norms_of_small_images_are_not_spread_a_channel_at_a_time(int8_bundle):
+    """OpenVINO would take a loop a channel for it; the U-Net's images have 8x8 pixels and less."""
+    graph = onnx.load(int8_bundle("unet").graph("step"), load_external_data=False).graph
+    weights = {weight.name: list(weight.dims) for weight in graph.initializer}
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    read = [name for node in graph.node if node.op_type in ("Add", "Mul") for name in node.input]
+    assert sum(made.get(name) == "Expand" for name in read) == 2 * sum(
+        node.op_type == "InstanceNormalization" for node in graph.node
+    )
+    assert not [name for name in read if weights.get(name, [])[1:] == [1, 1]]
 
 
 @pytest.mark.parametrize("name", TRAINED)
