@@ -61,14 +61,14 @@ def panel(
     title, font = ImageFont.load_default(16), ImageFont.load_default(13)
     left, top = corner[0] + LEFT, corner[1] + TOP
     right, bottom = corner[0] + WIDTH - RIGHT, corner[1] + HEIGHT - BOTTOM
-    highest = 1.05 * max(max(ys) for ys in lines.values())
+    highest = 1.3 * max(max(ys) for ys in lines.values())
     draw.text((left, corner[1] + 8), what, INK, title)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return left + (right - left) * x / (1.05 * xs[-1]), bottom - (bottom - top) * y / highest
 
     unit = 10 ** np.floor(np.log10(highest))
-    unit *= next(part for part in (0.1, 0.2, 0.5, 1.0) if highest / (part * unit) <= 6)
+    unit *= next(part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if highest / (part * unit) <= 6)
     for y in np.arange(0, highest, unit):
         draw.line((left, at(0, y)[1], right, at(0, y)[1]), GRID)
         draw.text((left - 8, at(0, y)[1]), f"{y:g}", INK, font, anchor="rm")
