@@ -21,6 +21,7 @@ from diffexport.exporter.graphs import (
 from diffexport.exporter.loop import decoded_sampler_graph, sampler_graph
 from diffexport.exporter.parts import CONDITION, cut_at, take_batch_from_noise
 from diffexport.exporter.precision import check_patterns, layers_of, lower
+from diffexport.exporter.rewrite import sides_of
 from diffexport.exporter.trace import TRACED_OPSET
 from diffexport.exporter.weights import write_weights
 from diffexport.spec import DecoderSpec, ModelSpec
@@ -67,13 +68,8 @@ class Traced:
     @property
     def widest(self) -> int | None:
         """Numbers of one sample in the largest value inside the network, where shapes are known."""
-        shapes = [value.shape for node in self.network.graph for value in node.outputs if value.shape is not None]
-        sizes = [
-            math.prod(side for side in shape[1:] if isinstance(side, int))
-            for shape in shapes
-            if len(shape) > 0 and not isinstance(shape[0], int) and all(isinstance(side, int) for side in shape[1:])
-        ]
-        return max(sizes, default=None)
+        sides = (sides_of(value) for node in self.network.graph for value in node.outputs)
+        return max((math.prod(known) for known in sides if known is not None), default=None)
 
     @property
     def layers(self) -> list[str]:

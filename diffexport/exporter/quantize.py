@@ -26,6 +26,7 @@ from diffexport.backends.session import Session
 from diffexport.bundle import LayerError, Tensors
 from diffexport.errors import ExportError
 from diffexport.exporter.precision import layer_of, matches
+from diffexport.exporter.rewrite import sides_of
 from diffexport.exporter.trace import TRACED_OPSET
 from diffexport.noise import normal
 from diffexport.parity import relative_l2
@@ -297,7 +298,7 @@ def _spread_over_small_images(network: onnx_ir.Model) -> None:
     import onnx_ir as ir
 
     for node in list(network.graph):
-        sides = _sides_of(node) if node.op_type in ("Add", "Mul") else []
+        sides = _image_of(node) if node.op_type in ("Add", "Mul") else []
         if len(sides) != 3 or math.prod(sides[1:]) > _SMALL_IMAGE:
             continue
         for place, value in enumerate(node.inputs):
@@ -310,15 +311,12 @@ def _spread_over_small_images(network: onnx_ir.Model) -> None:
             node.replace_input_with(place, spread.outputs[0])
 
 
-def _sides_of(node: onnx_ir.Node) -> list[int]:
+def _image_of(node: onnx_ir.Node) -> list[int]:
     """The sides of a sample that a node gives, or of the sum that it is only part of; none where they are not known."""
     users = node.outputs[0].consumers()
-    for shown in (node, *(user for user in users if len(users) == 1 and user.op_type == "Add")):
-        shape = shown.outputs[0].shape
-        sides = [side for side in shape[1:] if isinstance(side, int)] if shape is not None else []
-        if shape is not None and len(sides) == len(shape) - 1:
-            return sides
-    return []
+    sums = [user for user in users if len(users) == 1 and user.op_type == "Add"]
+    known = (sides_of(shown.outputs[0]) for shown in (node, *sums))
+    return next((sides for sides in known if sides is not None), [])
 
 
 def _transposed(network: onnx_ir.Model, weight: onnx_ir.Value) -> onnx_ir.Value:

@@ -15,6 +15,14 @@ def constant_of(value: onnx_ir.Value | None) -> Any:
     return value.const_value.numpy() if value is not None and value.const_value is not None else None
 
 
+def sides_of(value: onnx_ir.Value) -> list[int] | None:
+    """The sides of one sample of a value whose first axis is the batch; None where they are not all known."""
+    if value.shape is None or len(value.shape) == 0 or isinstance(value.shape[0], int):
+        return None
+    sides = [side for side in value.shape[1:] if isinstance(side, int)]
+    return sides if len(sides) == len(value.shape) - 1 else None
+
+
 class Replacement:
     """Nodes that belong to the layer of the one whose place they take, in order.
 
